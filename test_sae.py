@@ -1,0 +1,1108 @@
+"""
+test_sae.py: the properties that the three scripts promise, against independent oracles.
+
+    make test        or        pytest -q test_sae.py
+
+Oracles: plain autograd in float64 for gradients, torch.topk for selection, loops in numpy for GPT-2, formulas written out
+here for OpenAI's conversion, planted truths for metrics. Nothing is downloaded; every file goes into a temporary directory.
+"""
+
+import dataclasses
+import gzip
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import evals
+import harvest
+import sae as S
+
+HERE = Path(__file__).parent
+settings.register_profile("project", deadline=None, max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("project")
+seeds = st.integers(0, 2**31 - 1)
+
+
+def gen(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=gen(seed), dtype=dtype)
+
+
+def make_sae(d, n, k, seed=0, dtype=torch.float64):
+    """An SAE away from its special initial point: untied, biased, unit decoder rows."""
+    torch.manual_seed(seed)
+    m = S.SAE(d, n, k).to(dtype)
+    with torch.no_grad():
+        m.W_enc += 0.1 * torch.randn_like(m.W_enc)
+        m.b_enc += 0.05 * torch.randn_like(m.b_enc)
+        m.b_pre += 0.05 * torch.randn_like(m.b_pre)
+    return m
+
+
+def dense_code(pre, k):
+    """ReLU(TopK) as a dense matrix, the textbook way."""
+    values, indices = pre.topk(k)
+    return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+
+
+def to_dense(values, indices, n):
+    return torch.zeros(*values.shape[:-1], n, dtype=values.dtype).scatter_add(-1, indices, values)
+
+
+@st.composite
+def sizes(draw):
+    """(d, n, k, B) with the corners: one latent, k = n, odd widths, one token."""
+    d, n = draw(st.integers(2, 19)), draw(st.integers(1, 70))
+    return d, n, draw(st.sampled_from(sorted({1, min(3, n), n}))), draw(st.integers(1, 33))
+
+
+# ---------------------------------------------------------------------------------- normalisation
+
+
+@given(seeds, st.integers(2, 65), st.floats(-1e4, 1e4), st.sampled_from([1e-6, 1e-2, 1.0, 1e3, 1e12]))
+def test_normalize_round_trip_and_invariance(seed, d, shift, scale):
+    x = randn(5, d, seed=seed)
+    u, mean, norm = S.normalize(x)
+    assert torch.allclose(u * norm + mean, x, atol=1e-12)
+    assert torch.allclose(u.sum(-1), torch.zeros(5, dtype=u.dtype), atol=1e-12)
+    assert torch.allclose(u.norm(dim=-1), torch.ones(5, dtype=u.dtype))
+    assert torch.allclose(S.normalize(x * scale + shift * scale)[0], u, atol=1e-7)
+
+
+def test_constant_vectors_are_harmless():
+    x = torch.tensor([[0.0, 0, 0], [5, 5, 5], [1, 2, 3]])
+    u, mean, norm = S.normalize(x)
+    assert torch.isfinite(u).all() and (u[:2] == 0).all()
+    m = make_sae(3, 4, 2, dtype=torch.float32)
+    assert torch.equal(m(x)[:2], x[:2])  # norm 0: the mean is all there is to reconstruct
+
+
+# ---------------------------------------------------------------------------------- selection
+
+
+@st.composite
+def rows_to_select(draw):
+    n = draw(st.one_of(st.integers(1, 300), st.sampled_from([512, 1024, 4096, 8192])))
+    k = draw(st.integers(1, min(n, 40)) if n > 1 else st.just(1))
+    kind = draw(st.sampled_from(["normal", "ties", "negative", "mostly_negative", "-inf", "one_group", "constant"]))
+    x = randn(draw(st.integers(1, 5)), n, seed=draw(seeds), dtype=torch.float32)
+    if kind == "ties":
+        x = x.mul(1.5).round()
+    elif kind == "negative":
+        x = -x.abs() - 0.5
+    elif kind == "mostly_negative":
+        x = torch.where(x > 2.5, x, -x.abs() - 1)
+    elif kind == "-inf":
+        x[:, 1::2] = -math.inf
+    elif kind == "one_group":
+        x[:, : min(n, 64)] += 100
+    elif kind == "constant":
+        x = torch.zeros_like(x)
+    return x.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))), k
+
+
+@settings(max_examples=200)
+@given(rows_to_select())
+def test_topk_is_exact(case):
+    x, k = case
+    values, indices = S.topk(x, k)
+    assert values.shape == indices.shape == (len(x), k)
+    assert torch.equal(x.gather(-1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+    assert torch.equal(values.sort(-1, descending=True).values, x.topk(k).values)
+
+
+def test_topk_takes_the_fast_path_and_any_leading_shape():
+    x = randn(2, 3, 16384, seed=1, dtype=torch.bfloat16)
+    values, indices = S.topk(x, 5)
+    assert values.shape == (2, 3, 5) and torch.equal(values.sort(-1, descending=True).values, x.topk(5).values)
+    x[0, 0] = -x[0, 0].abs()  # this row alone must leave the integer shortcut
+    assert torch.equal(S.topk(x, 5)[0].sort(-1, descending=True).values, x.topk(5).values)
+
+
+# ---------------------------------------------------------------------------------- gradients
+
+
+@given(sizes(), seeds)
+def test_sparse_operations_equal_dense_ones(size, seed):
+    d, n, k, B = size
+    indices = torch.randint(n, (B, k), generator=gen(seed))  # repeated indices in one row are allowed
+    values, W, G = randn(B, k, seed=seed), randn(n, d, seed=seed + 1), randn(B, d, seed=seed + 2)
+    code = to_dense(values, indices, n)
+    assert torch.allclose(S.gather_sum(values, indices, W), code @ W)
+    assert torch.allclose(S.gather_dot(G, W, indices), (G @ W.T).gather(1, indices))
+    assert torch.allclose(S.scatter_sum(values, indices, G, n), code.T @ G)
+
+
+@given(sizes(), seeds)
+def test_sparse_decode_gradients(size, seed):
+    d, n, k, B = size
+    indices = torch.randint(n, (B, k), generator=gen(seed))
+    values, W = randn(B, k, seed=seed).requires_grad_(), randn(n, d, seed=seed + 1).requires_grad_()
+    g = randn(B, d, seed=seed + 2)
+    ours = torch.autograd.grad(S.sparse_decode(values, indices, W), (values, W), g)
+    twin = torch.autograd.grad((values[..., None] * W[indices]).sum(1), (values, W), g)
+    assert all(torch.allclose(a, b) for a, b in zip(ours, twin))
+
+
+@given(sizes(), seeds)
+def test_sparse_encode_values_and_gradients(size, seed):
+    d, n, k, B = size
+    m = make_sae(d, n, k, seed)
+    u = S.normalize(randn(B, d, seed=seed + 1))[0].requires_grad_()
+    values, indices = m.encode(u)
+    dense = dense_code(m.pre_acts(u), k)
+    assert (values >= 0).all() and ((values > 0).sum(1) <= k).all()
+    assert torch.allclose(to_dense(values, indices, n), dense)
+    g = randn(B, n, seed=seed + 2)
+    wanted = [u, m.W_enc, m.b_enc, m.b_pre]
+    ours = torch.autograd.grad((values * g.gather(1, indices)).sum(), wanted)
+    twin = torch.autograd.grad((dense * g).sum(), wanted)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, twin))
+
+
+def written_out_loss(m, u, scale, dead, k_aux, aux_coef, multi):
+    """The whole objective with dense matrices, as the paper writes it."""
+    pre = (u - m.b_pre) @ m.W_enc.T + m.b_enc
+    u_hat = dense_code(pre, m.k) @ m.W_dec + m.b_pre
+    loss = ((u - u_hat) ** 2).mean() / scale
+    if multi:
+        loss = loss + ((u - dense_code(pre, min(4 * m.k, m.n_latents)) @ m.W_dec - m.b_pre) ** 2).mean() / scale / 8
+    if len(dead):
+        e = (u - u_hat).detach()
+        pre_dead = (u - m.b_pre.detach()) @ m.W_enc[dead].T + m.b_enc[dead]
+        e_hat = dense_code(pre_dead, min(k_aux, len(dead))) @ m.W_dec[dead]
+        variance = ((e - e.mean(0)) ** 2).mean()
+        if variance > 1e-26:
+            loss = loss + aux_coef * ((e - e_hat) ** 2).mean() / variance
+    return loss
+
+
+@given(sizes(), seeds, st.booleans(), st.integers(1, 6))
+def test_loss_and_every_gradient(size, seed, multi, k_aux):
+    d, n, k, B = size
+    m = make_sae(d, n, k, seed)
+    u = S.normalize(randn(B, d, seed=seed + 1))[0]
+    dead = torch.arange(0, n, 3)
+    ours = S.losses(m, u, 0.3, dead, k_aux, 1 / 32, multi)[0]
+    twin = written_out_loss(m, u, 0.3, dead, k_aux, 1 / 32, multi)
+    assert torch.allclose(ours, twin)
+    for a, b in zip(torch.autograd.grad(ours, list(m.parameters())), torch.autograd.grad(twin, list(m.parameters()))):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_chunked_encoding_changes_nothing(monkeypatch):
+    m, u = make_sae(8, 64, 4), S.normalize(randn(50, 8))[0]
+    whole = to_dense(*m.encode(u), 64)
+    for tokens in (1, 7, 49):
+        monkeypatch.setitem(S.DENSE, "cpu", 64 * tokens)
+        assert torch.allclose(to_dense(*m.encode(u), 64), whole)
+
+
+def test_bf16_product_selects_almost_the_same():
+    m, u = make_sae(64, 1024, 8, dtype=torch.float32), S.normalize(randn(200, 64, dtype=torch.float32))[0]
+    exact = S.nmse(m, u)
+    m.product_dtype = torch.bfloat16
+    assert m.encode(u)[0].dtype == torch.float32 and S.nmse(m, u) == pytest.approx(exact, rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------- initialisation
+
+
+@given(st.integers(2, 40), st.integers(2, 90), seeds)
+def test_initialisation(d, n, seed):
+    torch.manual_seed(seed)
+    m = S.SAE(d, n, min(4, n))
+    assert torch.equal(m.W_enc, m.W_dec) and torch.allclose(m.W_dec.norm(dim=1), torch.ones(n))
+    assert (m.b_enc == 0).all()
+    u = S.normalize(randn(64, d, seed=seed, dtype=torch.float32) + 1)[0]
+    m.init_from_data(u)
+    assert torch.allclose(F.normalize(m.W_enc, dim=1), m.W_dec, atol=1e-5)  # tied up to one scale
+    assert torch.allclose(m.b_pre, S.geometric_median(u))
+
+
+def test_initial_scale_reconstructs_norms():
+    torch.manual_seed(0)
+    m = S.SAE(64, 512, 16)
+    m.init_from_data(torch.zeros(4, 64) + 0.01)
+    fresh = F.normalize(randn(2000, 64, seed=9, dtype=torch.float32), dim=1) + m.b_pre
+    assert (m.decode(*m.encode(fresh)) - m.b_pre).norm(dim=1).mean().item() == pytest.approx(1, abs=0.03)
+
+
+@given(st.integers(1, 4), st.integers(1, 12), seeds, st.booleans())
+def test_geometric_median_minimises_the_distances(d, n, seed, repeated):
+    x = randn(n, d, seed=seed)
+    if repeated:  # the median may sit on a data point, where Weiszfeld's plain iteration divides by zero
+        x = torch.cat([x, x[:1].repeat(n + 1, 1)])
+    y = S.geometric_median(x, steps=2000, tol=1e-12)
+    cost = lambda p: (x - p).norm(dim=1).sum()
+    nearby = y + randn(60, d, seed=seed + 1) * torch.logspace(-4, 0, 60, dtype=x.dtype)[:, None]
+    assert all(cost(y) <= cost(p) + 1e-6 for p in [*nearby, *x])
+
+
+def test_geometric_median_resists_outliers():
+    x = randn(200, 5)
+    x[:80] += 1e6
+    assert S.geometric_median(x).norm() < 20 < x.mean(0).norm()
+
+
+# ---------------------------------------------------------------------------------- AuxK
+
+
+def aux_setup():
+    m = make_sae(6, 20, 3)
+    u = S.normalize(randn(40, 6))[0]
+    return m, u, (u - m.decode(*m.encode(u)))
+
+
+def test_auxk_is_nothing_without_dead_latents():
+    m, u, e = aux_setup()
+    none = torch.empty(0, dtype=torch.long)
+    assert S.auxk_loss(m, u, e, none, 4).item() == 0
+    plain, aux = (S.losses(m, u, 0.3, none, 4, coef)[0] for coef in (0.0, 1 / 32))
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(plain, list(m.parameters())), torch.autograd.grad(aux, list(m.parameters()))))
+
+
+def test_auxk_touches_dead_rows_only_and_reaches_the_encoder():
+    m, u, e = aux_setup()
+    dead = torch.tensor([2, 7, 11, 13, 19])
+    S.auxk_loss(m, u, e, dead, 3).backward()
+    live = torch.ones(20, dtype=torch.bool)
+    live[dead] = False
+    for p in (m.W_enc, m.b_enc, m.W_dec):
+        assert (p.grad[live] == 0).all() and (p.grad[dead].abs().sum() > 0)
+    assert m.b_pre.grad is None
+
+
+def test_auxk_detaches_the_residual():
+    m, u, e = aux_setup()
+    leaf = e.detach().requires_grad_()
+    S.auxk_loss(m, u, leaf, torch.arange(5), 3).backward()
+    assert leaf.grad is None
+
+
+def test_auxk_of_a_constant_residual_is_zero_not_nan():
+    m, u, _ = aux_setup()
+    loss = S.auxk_loss(m, u, torch.ones_like(u), torch.arange(5), 3)
+    loss.backward()
+    assert loss.item() == 0 and all(torch.isfinite(p.grad).all() for p in (m.W_enc, m.b_enc, m.W_dec))
+
+
+# ---------------------------------------------------------------------------------- the model as a whole
+
+
+@given(sizes(), seeds)
+def test_latents_can_be_permuted(size, seed):
+    d, n, k, B = size
+    m, x = make_sae(d, n, k, seed), randn(B, d, seed=seed)
+    other, order = make_sae(d, n, k, seed), torch.randperm(n, generator=gen(seed))
+    with torch.no_grad():
+        for p in (other.W_enc, other.W_dec, other.b_enc):
+            p.copy_(p[order])
+    assert torch.allclose(m(x), other(x), atol=1e-10)
+
+
+@given(st.floats(0.01, 100), st.floats(-50, 50))
+def test_reconstruction_follows_scale_and_shift_of_the_input(scale, shift):
+    m, x = make_sae(9, 30, 4), randn(7, 9)
+    assert torch.allclose(m(x * scale + shift), m(x) * scale + shift, rtol=1e-6, atol=1e-6)
+
+
+def test_k_equal_n_is_a_relu_autoencoder():
+    m, u = make_sae(6, 25, 25), S.normalize(randn(10, 6))[0]
+    values, indices = m.encode(u)
+    assert values.shape[1] == (m.pre_acts(u) > 0).sum(1).max()
+    assert torch.allclose(m.decode(values, indices), m.pre_acts(u).relu() @ m.W_dec + m.b_pre)
+
+
+def test_save_and_load(tmp_path):
+    m, x = make_sae(6, 25, 3, dtype=torch.float32), randn(10, 6, dtype=torch.float32)
+    m.meta = {"layer": 2}
+    m.save(tmp_path / "sae.pt")
+    again = S.SAE.load(tmp_path / "sae.pt")
+    assert torch.equal(again(x), m(x)) and again.meta == m.meta and again.k == 3
+    for junk in (b"", b"not a zip", (tmp_path / "sae.pt").read_bytes()[:500]):
+        (tmp_path / "junk.pt").write_bytes(junk)
+        with pytest.raises(ValueError, match="not a readable"):
+            S.SAE.load(tmp_path / "junk.pt")
+    torch.save({"something": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="neither"):
+        S.SAE.load(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("kind", ["TopK", "ReLU"])
+def test_openai_conversion(kind, tmp_path):
+    d, n, k = 24, 96, 5
+    W_enc, W_dec, b, pre = (randn(*s, seed=i, dtype=torch.float32) for i, s in enumerate([(n, d), (d, n), (n,), (d,)]))
+    state = {"pre_bias": pre, "encoder.weight": W_enc, "latent_bias": b, "decoder.weight": W_dec, "stats_last_nonzero": torch.zeros(n), "activation": kind}
+    if kind == "TopK":
+        state["activation_state_dict"] = {"k": k, "postact_fn": "ReLU"}
+    torch.save(state, tmp_path / "8.pt")
+    x = 30 * randn(50, d, seed=9, dtype=torch.float32) + 3
+    # model.py of openai/sparse_autoencoder, written out
+    if kind == "TopK":
+        mu = x.mean(-1, keepdim=True)
+        std = (x - mu).std(-1, keepdim=True)
+        z = dense_code(((x - mu) / (std + 1e-5) - pre) @ W_enc.T + b, k)
+        theirs = (z @ W_dec.T + pre) * std + mu
+    else:
+        theirs = ((x - pre) @ W_enc.T + b).relu() @ W_dec.T + pre
+    assert torch.allclose(S.SAE.load(tmp_path / "8.pt")(x), theirs, rtol=1e-4, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def tiny_config(tmp_path, **kw):
+    base = dict(n_latents=64, k=4, batch=64, tokens=64 * 40, lr=3e-3, out=str(tmp_path / "run"), device="cpu", precision="fp32", dead_tokens=300)
+    return S.resolve(S.Config(**base | kw), 16, 64 * 40)
+
+
+def planted(n, d=16, n_true=40, seed=0):
+    """Activations made of a few sparse directions each."""
+    D = F.normalize(randn(n_true, d, seed=99, dtype=torch.float32), dim=1)
+    z = torch.rand(n, n_true, generator=gen(seed)) * (torch.rand(n, n_true, generator=gen(seed + 1)) < 0.08)
+    return z @ D + 0.01 * randn(n, d, seed=seed, dtype=torch.float32)
+
+
+def planted_batches(step):
+    while True:
+        yield planted(64, seed=step)
+        step += 1
+
+
+def make_trainer(tmp_path, **kw):
+    cfg = tiny_config(tmp_path, **kw)
+    torch.manual_seed(0)
+    m = S.SAE(16, cfg.n_latents, cfg.k)
+    u = S.normalize(planted(512))[0]
+    m.init_from_data(u)
+    return S.Trainer(cfg, m, (u - u.mean(0)).square().mean().item())
+
+
+@pytest.mark.parametrize("kw", [{}, {"clip": 0.01}, {"multi_topk": True}, {"dead_tokens": 64}])
+def test_invariants_hold_after_every_step(tmp_path, kw):
+    t = make_trainer(tmp_path, **kw)
+    for _, x in zip(range(12), planted_batches(0)):
+        before = t.sae.W_dec.detach().clone()
+        info = t.step(x)
+        assert torch.allclose(t.sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
+        radial = torch.linalg.vecdot(t.sae.W_dec.grad, before).abs()
+        assert (radial <= 1e-6 * (1 + t.sae.W_dec.grad.norm(dim=1))).all()
+        assert info["l0"] <= 4
+        if "clip" in kw:
+            assert math.sqrt(sum(p.grad.norm() ** 2 for p in t.params)) <= 0.01 * (1 + 1e-5)
+
+
+def test_a_step_is_adam_on_the_projected_gradient(tmp_path):
+    t = make_trainer(tmp_path)
+    cfg, x = t.cfg, planted(64, seed=5)
+    p = {name: w.detach().clone().double() for name, w in t.sae.named_parameters()}
+    ref = S.SAE(16, 64, 4).double()
+    ref.load_state_dict(p)
+    written_out_loss(ref, S.normalize(x.double())[0], t.scale, [], 1, 0, False).backward()
+    t.step(x)
+    for name, w in ref.named_parameters():
+        g = w.grad
+        if name == "W_dec":
+            g = g - (g * p[name]).sum(1, keepdim=True) * p[name]
+        new = p[name] - cfg.lr * g / (g.abs() + 6.25e-10)  # Adam's first step, bias-corrected
+        if name == "W_dec":
+            new = new / new.norm(dim=1, keepdim=True)
+        ours = dict(t.sae.named_parameters())[name].double()
+        settled = g.abs() > 1e-6  # where the gradient is rounding noise its sign is not determined
+        assert torch.allclose(ours[settled], new[settled], atol=2e-5), name
+
+
+def test_ema_is_bias_corrected(tmp_path):
+    t = make_trainer(tmp_path, ema=0.9)
+    seen = []
+    for _, x in zip(range(5), planted_batches(0)):
+        t.step(x)
+        seen.append(t.sae.W_enc.detach().clone())
+    weights = torch.tensor([0.9 ** (4 - i) for i in range(5)])
+    expected = sum(w * s for w, s in zip(weights / weights.sum(), seen))
+    average = t.averaged()
+    assert torch.allclose(average.W_enc, expected, atol=1e-6)
+    assert torch.allclose(average.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
+
+
+def test_dead_counters_count_tokens_of_training_only(tmp_path):
+    t = make_trainer(tmp_path)
+    x = planted(64)
+    t.step(x)
+    values, indices = make_trainer(tmp_path).sae.encode(S.normalize(x)[0])
+    fired = torch.zeros(64, dtype=torch.bool)
+    fired[indices[values > 0]] = True
+    assert torch.equal(t.silent, torch.where(fired, 0, 64))
+    before = t.silent.clone()
+    S.nmse(t.sae, x)
+    t.sae(x)
+    assert torch.equal(t.silent, before)
+
+
+def test_auxk_revives_dead_latents(tmp_path):
+    def dead_after(aux_coef):
+        t = make_trainer(tmp_path, aux_coef=aux_coef, dead_tokens=256, k_aux=8)
+        with torch.no_grad():
+            t.sae.b_enc[:32] = -0.5
+        for _, x in zip(range(150), planted_batches(0)):
+            info = t.step(x)
+        return int(info["dead"])
+
+    assert dead_after(0.0) >= 30 and dead_after(1 / 32) < 16
+
+
+def test_training_learns(tmp_path):
+    cfg = tiny_config(tmp_path, tokens=64 * 300)
+    val = planted(1000, seed=10**6)
+    m = S.train(cfg, planted_batches, val, {"layer": 1})
+    untrained = make_trainer(tmp_path).sae
+    assert S.nmse(m, val) < 0.5 * S.nmse(untrained, val)
+    assert m.meta["weights"] in ("raw", "ema") and m.meta["nmse"][m.meta["weights"]] == min(m.meta["nmse"].values())
+    assert S.nmse(m, val) == pytest.approx(min(m.meta["nmse"].values()), rel=1e-5)
+    log = [json.loads(line) for line in (Path(cfg.out) / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 300 and log[-1]["val_nmse"] < log[0]["nmse"]
+    with pytest.raises(ValueError, match="already holds a run"):
+        S.train(cfg, planted_batches, val)
+
+
+@given(seeds, st.integers(1, 39), st.booleans())
+@settings(max_examples=8)
+def test_stop_and_resume_gives_the_same_bits(tmp_path_factory, seed, stop_after, multi_topk):
+    tmp = tmp_path_factory.mktemp("resume")
+    options = dict(seed=seed, dead_tokens=200, multi_topk=multi_topk)
+    whole = S.train(tiny_config(tmp / "a", **options), planted_batches, planted(100))
+    cfg, step = tiny_config(tmp / "b", **options), S.Trainer.step
+
+    def step_then_stop(trainer, x):
+        info = step(trainer, x)
+        if trainer.steps == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+        return info
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(S.Trainer, "step", step_then_stop)
+        S.train(cfg, planted_batches, planted(100))
+    again = S.train(dataclasses.replace(cfg, resume=True), planted_batches, planted(100))
+    for a, b in zip(whole.parameters(), again.parameters()):
+        assert torch.equal(a, b)
+    steps = [[json.loads(line)["nmse"] for line in (tmp / r / "run/log.jsonl").read_text().splitlines()] for r in "ab"]
+    assert steps[0] == steps[1]
+
+
+def test_resume_refuses_another_configuration(tmp_path):
+    cfg = tiny_config(tmp_path)
+    S.train(cfg, planted_batches, planted(100))
+    with pytest.raises(ValueError, match="lr: 0.003 there, 0.1 now"):
+        S.train(dataclasses.replace(cfg, resume=True, lr=0.1), planted_batches)
+    with pytest.raises(ValueError, match="nothing to resume"):
+        S.train(dataclasses.replace(cfg, resume=True, out=str(tmp_path / "none")), planted_batches)
+
+
+def test_a_bad_batch_stops_training_with_its_step(tmp_path):
+    def bad(step):
+        yield from [planted(64)] * 512
+        yield torch.full((64, 16), math.nan)
+
+    with pytest.raises(ValueError, match="loss is nan at step 513"):
+        S.train(tiny_config(tmp_path, tokens=64 * 600), bad)
+    assert not (tmp_path / "run/sae.pt").exists()
+
+
+@given(st.integers(1000, 10**9), st.sampled_from([2**10, 2**15, 2**20]))
+def test_defaults_reach_the_papers_at_its_scale(tokens, n):
+    c = S.resolve(S.Config(n_latents=n), 768, tokens) if tokens >= 1024 else None
+    if c is None:
+        return
+    assert c.k_aux == 256 and 1024 <= c.batch <= 131072 and c.ema <= 0.999 and c.dead_tokens <= 10_000_000
+    assert c.lr >= 1e-4 * math.sqrt(32768 / n) * 0.999
+    paper = S.resolve(S.Config(), 768, 10_000 * 131_072)
+    assert (paper.batch, paper.lr, paper.ema, paper.dead_tokens, paper.k_aux) == (131072, 1e-4, 0.999, 10_000_000, 256)
+
+
+# ---------------------------------------------------------------------------------- GPT-2
+
+
+def tiny_gpt2(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    m = harvest.GPT2(harvest.GPT2Config(n_vocab=31, n_ctx=12, d_model=12, n_layer=3, n_head=3)).to(dtype).requires_grad_(False)
+    for p in m.parameters():
+        p.add_(0.2 * torch.randn_like(p))
+    return m
+
+
+def numpy_gpt2(state, tokens, n_layer, n_head):
+    """GPT-2 with loops over heads and positions. Returns the logits and every site of every layer."""
+    w = {k: v.double().numpy() for k, v in state.items()}
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
+
+    def affine(x, name):
+        return x @ w[name + ".weight"] + w[name + ".bias"]
+
+    sites = {}
+    x = np.stack([w["wte.weight"][t] + w["wpe.weight"][i] for i, t in enumerate(tokens)])
+    for layer in range(n_layer):
+        h = f"h.{layer}."
+        q, k, v = np.split(affine(norm(x, h + "ln_1"), h + "attn.c_attn"), 3, axis=1)
+        size = x.shape[1] // n_head
+        mixed = np.zeros_like(x)
+        for head in range(n_head):
+            cols = slice(head * size, (head + 1) * size)
+            for i in range(len(tokens)):
+                score = np.array([q[i, cols] @ k[j, cols] / math.sqrt(size) for j in range(i + 1)])
+                p = np.exp(score - score.max())
+                mixed[i, cols] = (p / p.sum()) @ v[: i + 1, cols]
+        sites[layer, "resid_delta_attn"] = affine(mixed, h + "attn.c_proj")
+        x = sites[layer, "resid_post_attn"] = x + sites[layer, "resid_delta_attn"]
+        a = affine(norm(x, h + "ln_2"), h + "mlp.c_fc")
+        sites[layer, "mlp_post_act"] = 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+        sites[layer, "resid_delta_mlp"] = affine(sites[layer, "mlp_post_act"], h + "mlp.c_proj")
+        x = sites[layer, "resid_post_mlp"] = x + sites[layer, "resid_delta_mlp"]
+    return norm(x, "ln_f") @ w["wte.weight"].T, sites
+
+
+@given(seeds)
+@settings(max_examples=5)
+def test_gpt2_against_loops(seed):
+    m = tiny_gpt2(seed % 100)
+    tokens = torch.randint(31, (2, 12), generator=gen(seed))
+    for row in range(2):
+        logits, sites = numpy_gpt2(m.state_dict(), tokens[row].tolist(), 3, 3)
+        assert np.allclose(m(tokens)[row].numpy(), logits)
+        for (layer, site), expected in sites.items():
+            assert np.allclose(m.acts(tokens, layer, site)[row].numpy(), expected), (layer, site)
+
+
+def test_edits():
+    m, tokens = tiny_gpt2(), torch.randint(31, (3, 12), generator=gen(0))
+    clean = m(tokens)
+    for site in harvest.SITES:
+        assert torch.equal(m(tokens, 1, site, lambda a: a), clean)
+        assert not torch.allclose(m(tokens, 1, site, lambda a: a + 1e-2 * torch.randn_like(a)), clean)
+    # an edit that carries another run's activation at the last residual site carries its logits
+    other = torch.randint(31, (3, 12), generator=gen(1))
+    assert torch.allclose(m(tokens, 2, "resid_post_mlp", lambda a: m.acts(other, 2, "resid_post_mlp")), m(other))
+
+
+def test_acts_compute_nothing_above():
+    m, tokens = tiny_gpt2(), torch.randint(31, (1, 12), generator=gen(0))
+    m.h[2].forward = m.ln_f.forward = lambda *a: pytest.fail("computed a layer above the one asked for")
+    m.acts(tokens, 1, "resid_post_mlp")
+    m.h[1].mlp.c_proj.forward = lambda *a: pytest.fail("computed beyond the site")
+    m.acts(tokens, 1, "mlp_post_act")
+
+
+def test_causality():
+    m, tokens = tiny_gpt2(), torch.randint(31, (1, 12), generator=gen(0))
+    changed = tokens.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % 31
+    a, b = m(tokens), m(changed)
+    assert torch.equal(a[:, :7], b[:, :7]) and not torch.allclose(a[:, 7:], b[:, 7:])
+
+
+def test_published_state_dicts_load(tmp_path):
+    m, tokens = tiny_gpt2(dtype=torch.float32), torch.randint(31, (1, 12), generator=gen(0))
+    state = m.state_dict()
+    published = {f"transformer.{k}": v for k, v in state.items()} | {"lm_head.weight": state["wte.weight"]}
+    published |= {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 12, 12) for i in range(3)} | {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    fresh = tiny_gpt2(1, torch.float32)
+    fresh.load_state_dict(published)
+    assert torch.equal(fresh(tokens), m(tokens))
+    # the same as safetensors, in a folder with a config.json
+    header, raw = {"__metadata__": {"format": "pt"}}, b""
+    for name, t in state.items():
+        data = t.numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [len(raw), len(raw) + len(data)]}
+        raw += data
+    head = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(head).to_bytes(8, "little") + head + raw)
+    (tmp_path / "config.json").write_text('{"n_head": 3}')
+    read, n_head, _ = harvest.read_weights(tmp_path)
+    assert n_head == 3 and all(torch.equal(read[k], v) for k, v in state.items())
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(harvest.UserError, match="not a readable weight file"):
+        harvest.read_weights(tmp_path)
+
+
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    def partial(url, path):
+        Path(path).write_bytes(b"half")
+
+    class Head(io.BytesIO):
+        headers = {"Content-Length": "100"}
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", partial)
+    monkeypatch.setattr(harvest.urllib.request, "urlopen", lambda *a, **k: Head())
+    with pytest.raises(harvest.UserError, match="got 4 of 100 bytes.*by hand"):
+        harvest.download("https://example.org/x", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------- text and the embedded model
+
+DOCS = [f"def f{i}(x):\n    return x + {i}  # number {i % 7}\n\n\nprint(f{i}({i}))\n" * 3 for i in range(60)]
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory):
+    """The embedded model at toy size, trained for a few steps by the same code as the real one."""
+    path = tmp_path_factory.mktemp("model") / "toy.pt"
+    harvest.train_stdlib(path, n_vocab=300, n_layer=3, d_model=16, n_head=2, steps=12, batch=4, length=16, text=DOCS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def acts_dir(tmp_path_factory, model_file, text_file):
+    out = tmp_path_factory.mktemp("acts") / "acts"
+    harvest.main(["--model", str(model_file), "--text", str(text_file), "--out", str(out), "--ctx", "16", "--tokens", "0", "--device", "cpu"])
+    return out
+
+
+def test_embedded_model(model_file):
+    saved = torch.load(model_file, weights_only=True)
+    assert [p["flops"] for p in saved["curve"]] == sorted({p["flops"] for p in saved["curve"]})
+    assert saved["curve"][-1]["loss"] < saved["curve"][0]["loss"]
+    model, encoding = harvest.load_model(str(model_file))
+    assert model.config.n_head == 2 and model.config.n_vocab == encoding.n_vocab == 300
+    assert model.curve == saved["curve"] and not any(p.requires_grad for p in model.parameters())
+    again = model_file.with_name("again.pt")
+    harvest.train_stdlib(again, n_vocab=300, n_layer=3, d_model=16, n_head=2, steps=12, batch=4, length=16, text=DOCS)
+    assert all(torch.equal(a, b) for a, b in zip(saved["state"].values(), torch.load(again, weights_only=True)["state"].values()))
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=8), st.integers(0, 30))
+def test_bpe_is_lossless_and_distinct(docs, n):
+    merges = harvest.learn_bpe(docs, n)
+    assert len(merges) <= n and len(set(merges)) == len(merges)
+    encoding = harvest.bpe_encoding(merges)
+    for doc in docs:
+        assert encoding.decode(encoding.encode_ordinary(doc)) == doc
+    assert merges == harvest.learn_bpe(docs, n)
+
+
+def test_bpe_by_hand():
+    # "aab" x 4: pairs (a,a) 4, (a,b) 4: the tie goes to the smaller pair; then (aa,b) 4
+    assert harvest.learn_bpe(["aab " * 4], 2) == ["aa", "aab"]
+
+
+def test_ngram_losses_by_hand():
+    train, val = np.array([0, 1] * 50), np.array([0, 1, 0, 1])
+    unigram, bigram = harvest.ngram_losses(train, val, 2)
+    assert unigram == pytest.approx(math.log(2)) and bigram < 0.02
+
+
+@given(st.lists(st.text(max_size=30), max_size=12), st.integers(1, 9))
+def test_contexts_keep_every_token_in_order(docs, length):
+    encoding = harvest.bpe_encoding([])
+    rows = list(harvest.contexts(docs, encoding, length))
+    flat = [t for d in docs for t in [*encoding.encode_ordinary(d), encoding.eot_token]]
+    assert [t for row in rows for t in row] == flat[: len(flat) - len(flat) % length]
+    assert all(len(row) == length for row in rows)
+
+
+def test_text_sources(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"text": "four"}\n')
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as f:
+        f.write('{"text": "five"}\n')
+    assert list(harvest.documents(tmp_path)) == ["one", "two", "three", "four", "five"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("six"))
+    assert list(harvest.documents("-")) == ["six"]
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"txt": "four"}\n')
+    with pytest.raises(harvest.UserError, match="b.jsonl, line 2"):
+        list(harvest.documents(tmp_path))
+    with pytest.raises(harvest.UserError, match="no text at"):
+        list(harvest.documents(tmp_path / "none"))
+
+
+@given(st.text(alphabet="ab \n", max_size=300), st.integers(1, 50))
+def test_split_text_loses_nothing(text, size):
+    assert "".join(harvest.split_text(text, size)) == text
+
+
+def test_auto_says_why_it_takes_the_embedded_model(model_file, monkeypatch, capsys):
+    def no_network(url, path):
+        raise harvest.UserError("cannot download: no network")
+
+    cache = model_file.parent / "cache"
+    cache.mkdir(exist_ok=True)
+    monkeypatch.setattr(harvest, "CACHE", cache)
+    monkeypatch.setattr(harvest, "download", no_network)
+    (cache / f"stdlib-{harvest.platform.python_version()}-v{harvest.FORMAT}.pt").write_bytes(model_file.read_bytes())
+    model, _ = harvest.load_model("auto")
+    assert model.name == "stdlib" and "no network" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- shards
+
+
+def test_shards_hold_the_models_activations(acts_dir, model_file):
+    model, _ = harvest.load_model(str(model_file))
+    for split in ("train", "val"):
+        acts = harvest.Acts(acts_dir, split)
+        tokens, values = acts[np.arange(len(acts))]
+        assert len(acts) > 3 and values.shape == (len(acts), 16, 16)
+        assert torch.allclose(values.float(), model.acts(tokens, 2, "resid_post_mlp"), atol=1e-2, rtol=1e-3)
+    assert harvest.Acts(acts_dir).meta["layer"] == 2  # two thirds of 3
+
+
+def test_splits_share_no_document(acts_dir, model_file):
+    _, encoding = harvest.load_model(str(model_file))
+    texts = {s: encoding.decode(harvest.Acts(acts_dir, s).tokens.flatten().tolist()) for s in ("train", "val")}
+    assert "def f10(x)" in texts["val"] and "def f10(x)" not in texts["train"]
+    assert "def f11(x)" in texts["train"] and "def f11(x)" not in texts["val"]
+
+
+def test_interrupted_harvest_continues(tmp_path, model_file, monkeypatch):
+    model, encoding = harvest.load_model(str(model_file))
+    monkeypatch.setattr(harvest, "SHARD", 8)
+    whole = harvest.harvest(model, encoding, DOCS, tmp_path / "whole", length=16)
+    calls, real = [], harvest.activations
+
+    def fail_later(*a):
+        calls.append(a)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*a)
+
+    monkeypatch.setattr(harvest, "activations", fail_later)
+    with pytest.raises(KeyboardInterrupt):
+        harvest.harvest(model, encoding, DOCS, tmp_path / "broken", length=16)
+    with pytest.raises(harvest.UserError, match="not finished"):
+        harvest.Acts(tmp_path / "broken")
+    meta = harvest.harvest(model, encoding, DOCS, tmp_path / "broken", length=16)
+    assert meta == whole
+    files = sorted(f.relative_to(tmp_path / "whole") for f in (tmp_path / "whole").rglob("*.npy"))
+    assert len(calls) == 4 + len(files) // 2 - 3  # three shards were kept
+    for f in files:
+        assert (tmp_path / "whole" / f).read_bytes() == (tmp_path / "broken" / f).read_bytes()
+
+
+@given(st.integers(30, 300))
+@settings(max_examples=6)
+def test_asked_number_of_tokens(tmp_path_factory, model_file, contexts):
+    model, encoding = harvest.load_model(str(model_file))
+    out = tmp_path_factory.mktemp("asked") / "acts"
+    meta = harvest.harvest(model, encoding, DOCS * 3, out, length=16, tokens=16 * contexts - 5)
+    assert meta["tokens"] == 16 * contexts == harvest.Acts(out).n_tokens
+
+
+@pytest.mark.parametrize("shuffled", [3, 4096])
+def test_batches_are_honest_and_resumable(acts_dir, monkeypatch, shuffled):
+    monkeypatch.setattr(harvest, "BLOCK", shuffled)
+    acts = harvest.Acts(acts_dir)
+    everything = acts[np.arange(len(acts))][1].flatten(0, 1)
+    per_epoch, B = acts.n_tokens, 32
+    stream = acts.batches(B, seed=3)
+    first = [next(stream) for _ in range(3 * per_epoch // B)]
+    flat = torch.cat(first)
+    rows = lambda t: sorted(map(tuple, t.tolist()))
+    assert rows(flat[:per_epoch]) == rows(everything) == rows(flat[per_epoch : 2 * per_epoch])  # each token once an epoch
+    assert not torch.equal(flat[:per_epoch], everything) and not torch.equal(flat[:per_epoch], flat[per_epoch : 2 * per_epoch])
+    for step in (1, 5, per_epoch // B, per_epoch // B + 1, len(first) - 1):
+        assert torch.equal(next(acts.batches(B, seed=3, step=step)), first[step]), step
+    assert not torch.equal(next(acts.batches(B, seed=4)), first[0])
+
+
+def test_streamed_batches(acts_dir, model_file, text_file):
+    model, encoding = harvest.load_model(str(model_file))
+    stream = harvest.Stream(model, encoding, text_file, length=16, block=8)
+    batches = stream.batches(48, seed=1)
+    first = [next(batches) for _ in range(40)]
+    for step in (1, 3, 17, 39):
+        assert torch.equal(next(stream.batches(48, seed=1, step=step)), first[step])
+    disk = harvest.Acts(acts_dir)[np.arange(8)][1].flatten(0, 1)  # the first block, in another order
+    rows = lambda t: sorted(map(tuple, t.float().tolist()))
+    assert np.allclose(rows(torch.cat(first)[:128]), rows(disk), atol=2e-2)
+    tokens, acts = stream.sample(64)
+    assert torch.equal(tokens, harvest.Acts(acts_dir, "val")[np.arange(4)][0]) and acts.shape == (4, 16, 16)
+
+
+# ---------------------------------------------------------------------------------- metrics
+
+
+class Everything(torch.nn.Module):
+    """An autoencoder with n = 2d, k = d that reconstructs exactly: one latent for each direction of each axis."""
+
+    @staticmethod
+    def make(d):
+        m = S.SAE(d, 2 * d, d)
+        with torch.no_grad():
+            m.W_dec.copy_(torch.cat([torch.eye(d), -torch.eye(d)]))
+            m.W_enc.copy_(m.W_dec)
+        return m
+
+
+def test_reconstruction_at_both_ends():
+    x = randn(400, 6, dtype=torch.float32)
+    perfect = evals.reconstruction(Everything.make(6), x)
+    assert perfect["nmse"] < 1e-10 and perfect["l0"] == pytest.approx(6, abs=0.01) and perfect["norm_ratio"] == pytest.approx(1)
+    mean_only = S.SAE(6, 4, 2)
+    with torch.no_grad():
+        mean_only.b_enc.fill_(-100)
+        mean_only.b_pre.copy_(S.normalize(x)[0].mean(0))
+    nothing = evals.reconstruction(mean_only, x)
+    assert nothing["nmse"] == pytest.approx(1, rel=1e-5) and nothing["l0"] == 0
+    m = make_sae(6, 40, 3, dtype=torch.float32)
+    assert evals.reconstruction(m, x)["nmse"] == pytest.approx(S.nmse(m, x), rel=1e-5)
+
+
+def test_reconstruction_by_hand():
+    # u = (±1, ∓1)/sqrt(2); one latent catches the first kind and half of it: errors 1/4, 1; mean 0
+    m = S.SAE(2, 1, 1)
+    with torch.no_grad():
+        m.W_dec.copy_(torch.tensor([[1.0, -1.0]]) / math.sqrt(2))
+        m.W_enc.copy_(m.W_dec / 2)
+    r = evals.reconstruction(m, torch.tensor([[3.0, 1.0], [1.0, 5.0]]))
+    assert r["nmse"] == pytest.approx(0.625) and r["l0"] == 0.5 and r["norm_ratio"] == pytest.approx(0.25)
+    assert r["nmse_se"] == pytest.approx(0.375 / math.sqrt(2))
+
+
+def test_density_by_hand():
+    m = Everything.make(3)
+    with torch.no_grad():
+        m.b_enc[4] = -10  # one latent that never fires
+    d = evals.density(m, torch.tensor([[1.0, 2, 3]] * 9 + [[1.0, 0, 2]]), rare=0.2)
+    # mean-free: (-1, 0, 1) x 9, (0, -1, 1): latents: +x 0, +y 0, +z 1, -x .9, -y off, -z 0
+    assert (d["silent"], d["rare"], d["densest"]) == (pytest.approx(4 / 6), pytest.approx(4 / 6), 1.0)
+
+
+@given(seeds)
+@settings(max_examples=5)
+def test_metrics_do_not_depend_on_the_order_of_latents(seed):
+    m, x = make_sae(6, 40, 3, dtype=torch.float32), randn(100, 6, seed=seed, dtype=torch.float32)
+    p, order = make_sae(6, 40, 3, dtype=torch.float32), torch.randperm(40, generator=gen(seed))
+    with torch.no_grad():
+        for w in (p.W_enc, p.W_dec, p.b_enc):
+            w.copy_(w[order])
+    for metric in (evals.reconstruction, evals.density):
+        a, b = metric(m, x), metric(p, x)
+        assert all(a[key] == pytest.approx(b[key], rel=1e-5) for key in a)
+
+
+def test_downstream_at_both_ends(model_file, acts_dir):
+    model, _ = harvest.load_model(str(model_file))
+    tokens = harvest.Acts(acts_dir, "val")[np.arange(6)][0]
+    perfect = evals.downstream(Everything.make(16), model, tokens, 1, "resid_post_mlp")
+    assert abs(perfect["delta_ce"]) < 1e-5 and abs(perfect["kl"]) < 1e-5
+    assert perfect["recovered_mean"] == pytest.approx(1, abs=1e-3) and perfect["recovered_zero"] == pytest.approx(1, abs=1e-3)
+    assert perfect["ce"] == pytest.approx(harvest.lm_loss(model, tokens).item(), rel=1e-5)
+    identity = evals.downstream(lambda a: a, model, tokens, 1, "resid_post_mlp")
+    assert identity["delta_ce"] == 0 and identity["kl"] == 0 and identity["compute_equivalent"] == 1
+    zero = evals.downstream(torch.zeros_like, model, tokens, 1, "resid_post_mlp")
+    assert zero["recovered_zero"] == 0 and zero["ce_sae"] == zero["ce_zero"] and zero["kl"] > 0
+
+
+def test_compute_equivalent_by_hand():
+    curve = [{"flops": 1.0, "loss": 4.0}, {"flops": 100.0, "loss": 3.0}, {"flops": 10000.0, "loss": 2.0}]
+    assert evals.compute_equivalent(curve, 1.0)[0] == pytest.approx(0.01)
+    assert evals.compute_equivalent(curve, 0.5)[0] == pytest.approx(0.1)  # half-way in the logarithm
+    assert evals.compute_equivalent(curve, 0.0)[0] == 1.0
+    assert evals.compute_equivalent(curve, 2.5)[0] is None and "no loss" in evals.compute_equivalent([], 0.1)[1]
+
+
+# ---------------------------------------------------------------------------------- the command line
+
+
+def run(main, argv, capsys):
+    """Run a main() as the shell would: (exit status, stderr)."""
+    capsys.readouterr()
+    try:
+        harvest.run_main(lambda: main([str(a) for a in argv]))
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    return code, capsys.readouterr().err
+
+
+def refuses(main, argv, capsys, *said):
+    code, err = run(main, argv, capsys)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: "), err
+    assert all(s in last for s in said), last
+
+
+TINY = ["--n_latents", 64, "--k", 4, "--batch", 128, "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory, acts_dir):
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    S.main([str(a) for a in [*TINY, "--acts", acts_dir, "--out", out]])
+    return out
+
+
+def test_end_to_end_in_subprocesses(tmp_path, model_file, text_file):
+    env = os.environ | {"SAE_CACHE": str(tmp_path / "cache")}
+    steps = [
+        ["sae.py", *TINY, "--acts", "acts", "--model", model_file, "--text", text_file, "--out", "runs/x"],  # harvests by itself
+        ["evals.py", "runs/x", "--device", "cpu"],
+    ]
+    for step in steps:
+        r = subprocess.run([sys.executable, HERE / step[0], *map(str, step[1:])], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr
+    assert "NMSE, held-out" in r.stdout and "ΔCE" in r.stdout and str(model_file) in r.stdout
+    results = json.loads((tmp_path / "runs/x/evals.json").read_text())
+    assert 0 < results["held_out"]["nmse"] < 1.5 and results["held_out"]["l0"] <= 4
+    assert {"config.json", "log.jsonl", "checkpoint.pt", "sae.pt", "evals.json"} <= {f.name for f in (tmp_path / "runs/x").iterdir()}
+
+
+def test_sigint_saves_and_resume_gives_the_same_bits(tmp_path, acts_dir):
+    argv = [*TINY, "--acts", acts_dir, "--tokens", 128 * 1500, "--lr", 1e-3]
+    script = [sys.executable, str(HERE / "sae.py"), *map(str, argv)]
+    p = subprocess.Popen([*script, "--out", "b"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "b/log.jsonl").exists() or len((tmp_path / "b/log.jsonl").read_text()) < 300:
+        assert p.poll() is None, p.stderr.read()
+        time.sleep(0.01)
+    p.send_signal(signal.SIGINT)
+    assert p.wait(60) == 130 and "--resume" in p.stderr.read()
+    assert not (tmp_path / "b/sae.pt").exists()
+    S.main([*map(str, argv), "--out", str(tmp_path / "a")])
+    S.main([*map(str, argv), "--out", str(tmp_path / "b"), "--resume"])
+    a, b = (S.SAE.load(tmp_path / r / "sae.pt") for r in "ab")
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def test_evaluating_an_openai_autoencoder(tmp_path, model_file, text_file, run_dir, capsys):
+    ours, s = S.SAE.load(run_dir / "sae.pt"), math.sqrt(15)
+    theirs = {"pre_bias": ours.b_pre * s, "encoder.weight": ours.W_enc, "latent_bias": ours.b_enc * s, "decoder.weight": ours.W_dec.T}
+    torch.save({k: v.detach() for k, v in theirs.items()} | {"activation": "TopK", "activation_state_dict": {"k": 4, "postact_fn": "ReLU"}}, tmp_path / "8.pt")
+    code, err = run(evals.main, [tmp_path / "8.pt", "--model", model_file, "--text", text_file, "--layer", 2, "--device", "cpu"], capsys)
+    assert code == 0, err
+    evals.main([str(run_dir), "--device", "cpu"])
+    a, b = (json.loads((d / "evals.json").read_text())["held_out"]["nmse"] for d in (tmp_path, run_dir))
+    assert a == pytest.approx(b, rel=0.15)  # other contexts of the same documents
+
+
+@pytest.mark.parametrize("script", ["harvest", "sae", "evals"])
+def test_help_teaches(script, capsys):
+    with pytest.raises(SystemExit) as e:
+        {"harvest": harvest, "sae": S, "evals": evals}[script].main(["--help"])
+    assert e.value.code == 0 and "python" in capsys.readouterr().out or script == "harvest"
+
+
+def test_importing_runs_nothing():
+    r = subprocess.run([sys.executable, "-c", "import sae, harvest, evals"], cwd=HERE, capture_output=True, text=True)
+    assert (r.returncode, r.stdout, r.stderr) == (0, "", "")
+
+
+# ---------------------------------------------------------------------------------- bad input: one line, status 2, nothing lost
+
+
+def damaged(acts_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(acts_dir, tmp_path / "acts")
+    return tmp_path / "acts"
+
+
+def test_missing_or_foreign_activations(tmp_path, capsys, acts_dir):
+    refuses(evals.main, ["none.pt"], capsys, "no autoencoder at none.pt")
+    with pytest.raises(harvest.UserError, match="no activations at"):
+        harvest.Acts(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/meta.json").write_text('{"something": "else"}')
+    refuses(S.main, [*TINY, "--acts", tmp_path / "x", "--out", tmp_path / "r"], capsys, "not written by harvest.py")
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y/notes.txt").write_text("mine")
+    refuses(harvest.main, ["--model", "none.pt", "--out", tmp_path / "y"], capsys, "no weights at none.pt")
+
+
+def test_harvest_keeps_what_is_not_its_own(tmp_path, capsys, model_file, text_file, acts_dir):
+    base = ["--model", model_file, "--text", text_file, "--ctx", 16, "--tokens", 0, "--device", "cpu"]
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y/notes.txt").write_text("mine")
+    refuses(harvest.main, [*base, "--out", tmp_path / "y"], capsys, "is not empty")
+    refuses(harvest.main, [*base, "--layer", 1, "--out", acts_dir], capsys, "another harvest", "layer: 2 there, 1 wanted")
+    refuses(harvest.main, [*base, "--layer", 7, "--out", tmp_path / "z"], capsys, "has no layer 7", "0 to 2")
+    refuses(harvest.main, [*base, "--site", "nose", "--out", tmp_path / "z"], capsys, "unknown site 'nose'", "resid_post_mlp")
+    refuses(harvest.main, [*base[:4], "--ctx", 64, "--out", tmp_path / "z", "--device", "cpu"], capsys, "only 16 positions")
+    refuses(harvest.main, ["--model", model_file, "--text", tmp_path / "y/notes.txt", "--ctx", 16, "--out", tmp_path / "z", "--device", "cpu"], capsys, "too short")
+
+
+def test_damaged_shards(tmp_path, capsys, acts_dir):
+    acts = damaged(acts_dir, tmp_path)
+    shard = acts / "train/acts-00000.npy"
+    argv = [*TINY, "--acts", acts, "--out", tmp_path / "r"]
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1000])
+    refuses(S.main, argv, capsys, "acts-00000.npy is damaged")
+    np.save(shard, np.zeros((3, 16, 16), np.float16))
+    refuses(S.main, argv, capsys, "acts-00000.npy has shape (3, 16, 16)")
+    shard.write_bytes(good)
+    bad = np.load(shard)
+    bad[5, 3, 2] = np.nan
+    np.save(shard, bad)
+    refuses(S.main, argv, capsys, "NaN or Inf", "acts-00000.npy, row 5")
+    shard.unlink()
+    refuses(S.main, argv, capsys, "acts-00000.npy")
+    assert not (tmp_path / "r/sae.pt").exists()
+
+
+def test_activations_too_large_for_float16(tmp_path, model_file):
+    model, encoding = harvest.load_model(str(model_file))
+    model.h[2].mlp.c_proj.bias.data[3] = 1e6
+    with pytest.raises(harvest.UserError, match="acts-00000.npy, context 0, position 0.*does not fit float16"):
+        harvest.harvest(model, encoding, DOCS, tmp_path / "acts", length=16)
+
+
+def test_impossible_options(tmp_path, capsys, acts_dir, run_dir):
+    out = ["--acts", acts_dir, "--out", tmp_path / "r"]
+    refuses(S.main, ["--n_latents", 8, "--k", 9, *out], capsys, "k = 9 must be between 1 and n_latents = 8")
+    refuses(S.main, [*TINY, "--tokens", 100, *out], capsys, "less than one batch")
+    refuses(S.main, [*TINY, "--precision", "fp8", *out], capsys, "choose bf16 or fp32")
+    refuses(S.main, [*TINY, "--acts", acts_dir, "--out", run_dir], capsys, "already holds a run", "--resume")
+    refuses(S.main, [*TINY, *out, "--resume"], capsys, "nothing to resume")
+    refuses(S.main, [*TINY, "--acts", acts_dir, "--out", run_dir, "--resume", "--lr", 0.5], capsys, "another configuration", "lr")
+
+
+def test_width_and_site_must_match(tmp_path, capsys, acts_dir, run_dir, model_file, text_file):
+    S.SAE(10, 20, 2).save(tmp_path / "narrow.pt")
+    refuses(evals.main, [tmp_path / "narrow.pt", "--acts", acts_dir, "--device", "cpu"], capsys, "width 10", "16")
+    other = tmp_path / "acts1"
+    harvest.main(["--model", str(model_file), "--text", str(text_file), "--ctx", "16", "--layer", "1", "--out", str(other), "--device", "cpu"])
+    refuses(evals.main, [run_dir, "--acts", other, "--device", "cpu"], capsys, "trained on layer 2", "holds layer 1")
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, capsys, acts_dir, monkeypatch):
+    def full(*a, **k):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    refuses(S.main, [*TINY, "--acts", acts_dir, "--out", tmp_path / "r"], capsys, "no space left")
+    assert not list((tmp_path / "r").glob("*.pt*"))
+
+
+@pytest.mark.skipif(not os.environ.get("SAE_LONG"), reason="set SAE_LONG=1: trains the real embedded model, two minutes")
+def test_the_real_embedded_model_beats_its_baselines(tmp_path):
+    harvest.train_stdlib(tmp_path / "m.pt")
+    losses = torch.load(tmp_path / "m.pt", weights_only=True)["losses"]
+    assert losses["model"] < losses["bigram"] - 0.5 < losses["unigram"]
