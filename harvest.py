@@ -633,47 +633,41 @@ def harvest(model, encoding, text, out, layer=None, site="resid_post_mlp", token
     meta = want | {"complete": False, "tokens": 0, "val_tokens": 0}
     write_json(meta_file, meta)
 
-    pending, shards, digest = {"train": [], "val": []}, Counter(), hashlib.sha256()
-    count = {"train": 0, "val": 0}
+    pending, shards, count, digest = {"train": [], "val": []}, Counter(), Counter(), hashlib.sha256()
+    room = {"train": math.ceil(tokens / length) if tokens else math.inf, "val": math.inf}  # contexts still wanted
     progress = Progress(tokens, "harvest", " tokens")
 
-    def flush(split, n):
-        """Write the next shard of `split` from its first n complete contexts, unless it is there already."""
-        rows = np.array(pending[split][: n * length], dtype=np.int32).reshape(n, length)
-        del pending[split][: n * length]
-        name = f"{shards[split]:05d}.npy"
-        tokens_file, acts_file = out / split / f"tokens-{name}", out / split / f"acts-{name}"
-        if tokens_file.exists():  # written last, so the activations are there too
-            if not np.array_equal(np.load(tokens_file), rows):
+    def flush(split, at_least):
+        """Write the pending contexts of `split` as shards, as long as there are `at_least` so many; keep shards that are there."""
+        while (n := min(len(pending[split]) // length, SHARD, room[split])) >= max(1, at_least):
+            rows = np.array(pending[split][: n * length], dtype=np.int32).reshape(n, length)
+            tokens_file, acts_file = (out / split / f"{kind}-{shards[split]:05d}.npy" for kind in ("tokens", "acts"))
+            if not tokens_file.exists():  # it is written last: where it is, the activations are too
+                acts = activations(model, torch.from_numpy(rows).long(), layer, site, batch)
+                write_npy(acts_file, to_half(acts, acts_file).cpu().numpy())
+                write_npy(tokens_file, rows)
+            elif not np.array_equal(np.load(tokens_file), rows):
                 raise UserError(f"{tokens_file} was made from another text; remove {out} or choose another --out")
-        else:
-            acts = activations(model, torch.from_numpy(rows).long(), layer, site, batch)
-            write_npy(acts_file, to_half(acts, acts_file).cpu().numpy())
-            write_npy(tokens_file, rows)
-        digest.update(rows.tobytes())
-        shards[split] += 1
-        count[split] += n * length
+            digest.update(rows.tobytes())
+            del pending[split][: n * length]
+            shards[split] += 1
+            count[split] += n * length
+            room[split] -= n
+            progress(count["train"])
 
-    limit = tokens or float("inf")
     for i, ids in token_stream(documents(text), encoding):
         split = "val" if is_val(i) else "train"
         pending[split] += ids
-        while len(pending[split]) >= SHARD * length and count[split] < limit:
-            left = math.ceil((limit - count["train"]) / length) if tokens and split == "train" else SHARD
-            flush(split, min(SHARD, left))
-            progress(count["train"])
-        if count["train"] >= limit or count["train"] + len(pending["train"]) >= limit + length:
+        flush(split, min(SHARD, room[split]))
+        if not room["train"]:
             break
     for split in ("train", "val"):
-        left = math.ceil((limit - count["train"]) / length) if tokens and split == "train" else SHARD
-        if (n := min(len(pending[split]) // length, left)) > 0:
-            flush(split, n)
+        flush(split, 1)
+    progress.finish()
     if not count["train"] or not count["val"]:
         raise UserError(f"the text is too short: it gave {count['train']} training and {count['val']} held-out tokens (every 20th document is held out)")
     if tokens and count["train"] < tokens:
         print(f"the text ended after {count['train']:,} training tokens", file=sys.stderr)
-    progress(count["train"])
-    progress.finish()
     meta |= {"complete": True, "tokens": count["train"], "val_tokens": count["val"], "sha256": digest.hexdigest()}
     write_json(meta_file, meta)
     return meta
@@ -755,12 +749,12 @@ class Acts:
         shard = np.searchsorted(self._starts, rows, side="right") - 1
         out = np.empty((len(rows), *self.acts[0].shape[1:]), dtype=np.float16)
         for s in np.unique(shard):
-            here = shard == s
-            out[here] = self.acts[s][rows[here] - self._starts[s]]
-            if not np.isfinite(out[here]).all():
-                bad = rows[here][~np.isfinite(out[here]).all(axis=(1, 2))][0] - self._starts[s]
-                raise UserError(f"NaN or Inf in {self.path / self.split}/acts-{s:05d}.npy, row {bad}; harvest that directory again")
-        return torch.from_numpy(self.tokens[rows]).long(), torch.from_numpy(out)
+            out[shard == s] = self.acts[s][rows[shard == s] - self._starts[s]]
+        acts = torch.from_numpy(out)
+        if not (finite := acts.isfinite().flatten(1).all(1)).all():
+            bad = int((~finite).nonzero()[0])
+            raise UserError(f"NaN or Inf in {self.path / self.split}/acts-{shard[bad]:05d}.npy, row {rows[bad] - self._starts[shard[bad]]}; harvest that directory again")
+        return torch.from_numpy(self.tokens[rows]).long(), acts
 
     def batches(self, batch, seed=0, step=0, device="cpu"):
         """Yield float16 (batch, d) for ever, from step `step` on: contexts shuffled over the whole set, tokens within BLOCK contexts."""

@@ -20,6 +20,7 @@ Copied alone into another project, this file needs torch and nothing else.
 """
 
 import argparse
+import copy
 import ctypes
 import dataclasses
 import itertools
@@ -113,12 +114,9 @@ class SAE(nn.Module):
     @classmethod
     def load(cls, path, device="cpu"):
         """Read what `save` wrote, or a file of OpenAI's released autoencoders. Raises ValueError for anything else."""
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise ValueError(f"no autoencoder at {path}; train one with: python sae.py --n_latents 32768 --k 32") from None
-        except Exception as e:
-            raise ValueError(f"{path} is not a readable autoencoder ({type(e).__name__})") from e
+        if not Path(path).exists():
+            raise ValueError(f"no autoencoder at {path}; train one with: python sae.py --n_latents 32768 --k 32")
+        saved = load_file(path)
         if "pre_bias" in saved:
             return cls.from_openai(saved).to(device)
         if "sae" not in saved:
@@ -361,7 +359,6 @@ class Config:
     resume: bool = option(False, "continue the run in --out from its last checkpoint, bit-exactly on CPU")
 
 
-PAPER_TOKENS_TILL_DEAD = 10_000_000
 PAPER_BATCH = 131_072
 
 
@@ -373,14 +370,15 @@ def resolve(cfg, d_model, tokens):
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     c.out = c.out or f"runs/n{c.n_latents}_k{c.k}"
     c.tokens = c.tokens or tokens
-    c.batch = c.batch or min(PAPER_BATCH, max(1024, 2 ** round(math.log2(c.tokens / 1000))))
-    steps = max(1, c.tokens // c.batch)
-    if c.tokens < c.batch:
+    c.batch = c.batch or min(PAPER_BATCH, max(1024, 2 ** round(math.log2(max(c.tokens, 1) / 2000))))
+    steps = c.tokens // c.batch
+    if not steps:
         raise ValueError(f"{c.tokens:,} tokens are less than one batch of {c.batch:,}; lower --batch or harvest more")
-    c.lr = c.lr or 1e-4 * math.sqrt(32768 / c.n_latents) * max(1.0, 10_000 / steps)
+    paper_lr = 1e-4 * math.sqrt(32768 / c.n_latents)
+    c.lr = c.lr or max(paper_lr, min(2e-3, paper_lr * 20_000 / steps))
     c.k_aux = c.k_aux or 2 ** int(math.log2(max(2, d_model // 2)))
-    c.dead_tokens = c.dead_tokens or min(PAPER_TOKENS_TILL_DEAD, max(c.tokens // 10, c.batch))
-    c.ema = c.ema or min(0.999, 1 - 10 / max(steps, 20))
+    c.dead_tokens = c.dead_tokens or min(10_000_000, max(c.tokens // 100, c.batch))
+    c.ema = c.ema or min(0.999, 1 - 1 / max(2, 0.07 * steps))
     fast = torch.cuda.is_available() if c.device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
     c.precision = c.precision or ("bf16" if fast else "fp32")
     if c.precision not in ("bf16", "fp32"):
@@ -409,6 +407,8 @@ class Trainer:
     def step(self, x):
         """One optimizer step on raw activations x (B, d). Returns dict of tensors: nmse, l0, dead."""
         cfg, sae = self.cfg, self.sae
+        if x.shape[1] != sae.d_model:
+            raise ValueError(f"these activations have width {x.shape[1]}, the autoencoder {sae.d_model}")
         u = normalize(x.to(sae.W_dec.device, sae.W_dec.dtype))[0]
         dead = (self.silent > cfg.dead_tokens).nonzero().flatten() if cfg.aux_coef else self.silent[:0]
         loss, nmse, values, indices = losses(sae, u, self.scale, dead, cfg.k_aux, cfg.aux_coef, cfg.multi_topk)
@@ -433,11 +433,9 @@ class Trainer:
     @torch.no_grad()
     def averaged(self):
         """The EMA weights, bias-corrected as Adam corrects its moments (appendix A), as an SAE with unit decoder rows."""
-        sae = SAE(self.sae.d_model, 1, 1)
-        sae.n_latents, sae.k, sae.product_dtype, sae.meta = self.sae.n_latents, self.sae.k, self.sae.product_dtype, self.sae.meta
-        correction = 1 - self.cfg.ema**self.steps
-        for (name, _), average in zip(self.sae.named_parameters(), self.ema):
-            setattr(sae, name, nn.Parameter(average / correction))
+        sae = copy.deepcopy(self.sae)
+        for p, average in zip(sae.parameters(), self.ema):
+            p.copy_(average / (1 - self.cfg.ema**self.steps))
         sae.normalize_decoder()
         return sae
 
@@ -448,7 +446,7 @@ class Trainer:
     @classmethod
     def load(cls, path, cfg):
         """Read a checkpoint. Raises ValueError if it was made with another configuration."""
-        saved = torch.load(path, map_location=cfg.device, weights_only=True)
+        saved = load_file(path, cfg.device)
         mine, free = dataclasses.asdict(cfg), ("resume", "minutes", "out", "acts", "device")
         differs = [f"{k}: {saved['config'][k]} there, {mine[k]} now" for k in mine if k not in free and saved["config"][k] != mine[k]]
         if differs:
@@ -476,7 +474,7 @@ def nmse(sae, x, chunk=8192):
 def train(cfg, batches, val=None, meta=None):
     """Train for cfg.tokens tokens. Returns the SAE: EMA or raw weights, whichever has the lower NMSE on `val` (without val: EMA).
 
-    cfg: Config; fields at 0 are resolved first. batches: a function `step -> iterator of (B, d) activations from that step on`
+    cfg: a Config from `resolve`. batches: a function `step -> iterator of (B, d) activations from that step on`
     (what an exact resume needs), or any iterable of them. val: held-out activations (N, d). meta: dict kept in the SAE.
     Writes log.jsonl, checkpoint.pt and sae.pt into cfg.out. Ctrl-C and SIGTERM save a checkpoint, then raise KeyboardInterrupt.
     """
@@ -491,6 +489,8 @@ def train(cfg, batches, val=None, meta=None):
 
     if cfg.resume:
         trainer = Trainer.load(checkpoint, cfg)
+        if differs := [f"{k} {trainer.sae.meta.get(k)}, not {v}" for k, v in (meta or {}).items() if trainer.sae.meta.get(k) != v]:
+            raise ValueError(f"{checkpoint} was trained on {'; '.join(differs)}; give the activations that it was trained on")
         log = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= trainer.steps]
         log_file.write_text("".join(line + "\n" for line in log))
         stream = start(trainer.steps)
@@ -517,7 +517,10 @@ def train(cfg, batches, val=None, meta=None):
     print("     step |   nmse    val |    l0 |   dead |      lr |   tok/s |    eta", file=sys.stderr)
     try:
         while trainer.steps < steps:
-            info = trainer.step(next(stream))
+            x = next(stream, None)
+            if x is None:
+                raise ValueError(f"the activations ended after step {trainer.steps} of {steps}; lower --tokens or give more")
+            info = trainer.step(x)
             done = trainer.steps
             if done % every == 0 or done == steps:
                 now = time.time()
@@ -537,6 +540,7 @@ def train(cfg, batches, val=None, meta=None):
                 if stop:
                     print(f"\nstopped at step {done}; saved {checkpoint}; continue with --resume", file=sys.stderr)
                     raise KeyboardInterrupt
+        trainer.sae.product_dtype = None  # the final scores, and the SAE handed back, in full precision
         raw, average = trainer.sae, trainer.averaged()
         scores = {"raw": nmse(raw, val), "ema": nmse(average, val)} if val is not None else {"ema": math.nan}
         kept = min(scores, key=scores.get)
@@ -576,6 +580,14 @@ def save_atomic(path, obj):
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def load_file(path, device="cpu"):
+    """torch.load that executes nothing. Raises ValueError for a file that is damaged or of another kind."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # zip, pickle and storage errors come in many types
+        raise ValueError(f"{path} is not a readable file of weights ({type(e).__name__}); it may be cut short or of another kind") from e
 
 
 def _in_main_thread():
@@ -683,7 +695,7 @@ def main(argv=None):
     where = {name: data.meta[name] for name in ("model", "layer", "site", "context", "text")}
     print(f"{where['model']}, layer {where['layer']}, {where['site']}: {cfg.tokens:,} tokens, d {data.d_model}, n {cfg.n_latents}, k {cfg.k}, batch {cfg.batch}, lr {cfg.lr:.2g}, "
           f"ema {cfg.ema:.4g}, dead after {cfg.dead_tokens:,} tokens, {cfg.precision} on {cfg.device}, into {cfg.out}", file=sys.stderr)  # fmt: skip
-    train(cfg, lambda step: data.batches(cfg.batch, cfg.seed, step), val, where)
+    train(cfg, lambda step: data.batches(cfg.batch, cfg.seed, step, cfg.device), val, where)
 
 
 if __name__ == "__main__":
