@@ -29,7 +29,7 @@ bench: .venv/ready
 	@touch $@
 
 acts/ready: .venv/ready
-	$(PY) harvest.py --model stdlib --out acts
+	$(PY) harvest.py --model stdlib --tokens 2500000 --out acts
 	@touch $@
 
 $(RUN)/sae.pt: acts/ready

@@ -490,7 +490,7 @@ def lm_loss(model, tokens, **edit):
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
 
 
-def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_head=4, steps=1200, batch=32, length=64, text="stdlib"):
+def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_head=4, steps=1000, batch=32, length=64, text="stdlib"):
     """Train the embedded language model and save {config, state, merges, curve, losses} at `path`, atomically.
 
     About two minutes on two cores. `curve` is its held-out loss against training FLOPs, for the compute-equivalent
@@ -514,7 +514,7 @@ def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_hea
     flops = batch * length * (6 * (12 * n_layer * d_model**2 + d_model * config.n_vocab) + 12 * n_layer * d_model * length)
     matrices = [p for p in model.h.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
     peak = [o.param_groups[0]["lr"] for o in optimizers]
     curve, progress = [], Progress(steps, "lm")
     order = torch.randint(len(rows["train"]), (steps, batch), generator=gen)

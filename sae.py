@@ -174,37 +174,36 @@ def geometric_median(x, steps=100, tol=1e-6):
 # Loss.
 
 
-def auxk_loss(sae, u, e, dead, k_aux):
-    """AuxK (section 2.4, appendix A): the top k_aux dead latents reconstruct the residual that the live ones leave.
+def auxk_loss(u, e, e_hat):
+    """AuxK (section 2.4, appendix A): how well the dead latents reconstruct the residual that the live ones leave.
 
-    u (B, d) normalised inputs, e (B, d) residual u - û (detached here), dead (n_dead) indices.
-    Returns |e - ê|^2 over the batch's own variance of e. Its gradient reaches only the dead rows of W_enc, b_enc, W_dec.
-    Without dead latents: exactly 0.
+    u (B, d) normalised inputs, e (B, d) residual u - û (detached here), e_hat (B, d) its reconstruction, without b_pre.
+    Returns |e - ê|^2 over the batch's own variance of e; exactly 0 for a residual that is constant up to rounding.
     """
-    if len(dead) == 0:
-        return u.new_zeros(())
     e = e.detach()
-    code = sparse_encode(u, sae.W_enc[dead], sae.b_enc[dead], sae.b_pre.detach(), min(k_aux, len(dead)), sae.product_dtype)
-    e_hat = sparse_decode(*code, sae.W_dec[dead])  # no bias in ê
     variance = (e - e.mean(0)).square().mean()
-    noise = (100 * torch.finfo(u.dtype).eps) ** 2 * u.square().mean()  # a residual that is constant up to rounding
-    return torch.where(variance > noise, (e - e_hat).square().mean() / variance.clamp_min(1e-30), 0.0)
+    rounding = (100 * torch.finfo(u.dtype).eps) ** 2 * u.square().mean()
+    return torch.where(variance > rounding, (e - e_hat).square().mean() / variance.clamp_min(1e-30), 0.0)
 
 
 def losses(sae, u, scale, dead, k_aux, aux_coef, multi_topk=False):
     """u (B, d) -> (loss to minimise, NMSE of the batch, values, indices).
 
-    scale: MSE of predicting the mean activation, one constant per run. Multi-TopK (section 5.3): L(k) + L(4k) / 8.
+    scale: MSE of predicting the mean activation, one constant per run. dead (n_dead): indices of dead latents; the gradient of
+    AuxK reaches only their rows of W_enc, b_enc, W_dec, and without any it is absent. Multi-TopK (section 5.3): L(k) + L(4k) / 8.
     """
-    values, indices = sae.encode(u, min(4 * sae.k, sae.n_latents) if multi_topk else None)
+    k = min(4 * sae.k, sae.n_latents) if multi_topk else sae.k
+    values, indices, *dead_code = sparse_encode(u, sae.W_enc, sae.b_enc, sae.b_pre, k, sae.product_dtype, dead, k_aux)
     extra = 0.0
     if multi_topk:
-        extra = (sae.decode(values, indices) - u).square().mean() / scale / 8
+        extra = (u - sae.decode(values, indices)).square().mean() / scale / 8
         best = topk(values.detach(), min(sae.k, values.shape[1]))[1]
         values, indices = values.gather(1, best), indices.gather(1, best)
     e = u - sae.decode(values, indices)
     nmse = e.square().mean() / scale
-    return nmse + extra + aux_coef * auxk_loss(sae, u, e, dead, k_aux), nmse.detach(), values.detach(), indices
+    if len(dead):
+        extra = extra + aux_coef * auxk_loss(u, e, sparse_decode(*dead_code, sae.W_dec))
+    return nmse + extra, nmse.detach(), values.detach(), indices
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,7 +217,9 @@ def topk(x, k, group=64):
     small, and is searched the same way with smaller groups.
     """
     n = x.shape[-1]
-    if group == 1 or n % group or n < 4 * k * group:
+    while group > 4 and (n % group or n < 4 * k * group):
+        group //= 2
+    if group <= 4:
         return x.topk(k, dim=-1, sorted=False)
     rows = x.reshape(-1, n // group, group)
     # bf16 orders like its bits, read as an integer, as long as it is not negative. Integer maxima are seven times faster on CPU.
@@ -285,45 +286,57 @@ DENSE = {"cpu": 2**24, "cuda": 2**29}  # dense pre-activations that may exist at
 
 class _SparseEncode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, W_enc, b_enc, b_pre, k, dtype):
+    def forward(ctx, u, W_enc, b_enc, b_pre, k, dtype, dead, k_aux):
         dtype, n = dtype or W_enc.dtype, len(W_enc)
-        pad = -n % 64 if n > 4096 else 0  # rows that are never selected, so that topk's groups come out even
-        W, b = F.pad(W_enc.to(dtype), (0, 0, 0, pad)), F.pad(b_enc.to(dtype), (0, pad), value=-math.inf)
-        v = (u - b_pre).to(dtype)
-        chunk = max(1, DENSE[u.device.type] // n)
-        codes = [_select(F.linear(c, W, b), k, n) for c in v.split(chunk)]  # (chunk, d) @ (d, n) -> (chunk, k)
-        width = max(c[0].shape[1] for c in codes)  # all equal, except in a ReLU autoencoder
-        values = torch.cat([F.pad(c[0], (0, width - c[0].shape[1])) for c in codes]).to(u.dtype)
-        indices = torch.cat([F.pad(c[1], (0, width - c[1].shape[1])) for c in codes])
-        ctx.save_for_backward(u, W_enc, b_pre, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
+        # Rows that are never selected make the number of columns a multiple of 64, as topk likes it.
+        W, b = F.pad(W_enc.to(dtype), (0, 0, 0, -n % 64)), F.pad(b_enc.to(dtype), (0, -n % 64), value=-math.inf)
+        only_dead = torch.full_like(b, -math.inf).index_fill_(0, dead, 0.0)
+        codes, dead_codes = [], []
+        for v in (u - b_pre).to(dtype).split(max(1, DENSE[u.device.type] // n)):
+            pre_acts = F.linear(v, W, b)  # (chunk, d) @ (d, n) -> (chunk, n): the one dense product
+            active = k if k < n else max(1, int((pre_acts > 0).sum(1).max()))  # k = n: ReLU, as wide as it needs to be
+            codes.append(topk(pre_acts, active))
+            if 8 * len(dead) > n:
+                dead_codes.append(topk(pre_acts.add_(only_dead), min(k_aux, len(dead))))
+            elif len(dead):
+                values, j = topk(pre_acts.index_select(1, dead), min(k_aux, len(dead)))
+                dead_codes.append((values, dead[j]))
+        values, indices = _join(codes, u, n)
+        dead_values, dead_indices = _join(dead_codes, u, n) if len(dead) else (u.new_empty(len(u), 0), dead.new_empty(len(u), 0))
+        ctx.save_for_backward(u, W_enc, b_pre, values, indices, dead_values, dead_indices)
+        ctx.mark_non_differentiable(indices, dead_indices)
+        return values, indices, dead_values, dead_indices
 
     @staticmethod
-    def backward(ctx, g, _):
-        u, W_enc, b_pre, values, indices = ctx.saved_tensors
-        g = g * (values > 0)  # ReLU
+    def backward(ctx, g, _, g_dead, __):
+        u, W_enc, b_pre, values, indices, dead_values, dead_indices = ctx.saved_tensors
+        g, g_dead = g * (values > 0), g_dead * (dead_values > 0)  # ReLU
         d_b_enc = g.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), g.flatten())
-        d_u = gather_sum(g, indices, W_enc) if ctx.needs_input_grad[0] else None
+        d_b_pre = -(d_b_enc @ W_enc) if ctx.needs_input_grad[3] else None  # summed over the batch first, then one product; not from the dead
+        d_b_enc.index_add_(0, dead_indices.flatten(), g_dead.flatten())
+        g, indices = torch.cat([g, g_dead], 1), torch.cat([indices, dead_indices], 1)
         d_W_enc = scatter_sum(g, indices, u - b_pre, len(W_enc)) if ctx.needs_input_grad[1] else None
-        d_b_pre = -(d_b_enc @ W_enc) if ctx.needs_input_grad[3] else None  # summed over the batch first, then one product
-        return d_u, d_W_enc, d_b_enc, d_b_pre, None, None
+        d_u = gather_sum(g, indices, W_enc) if ctx.needs_input_grad[0] else None
+        return d_u, d_W_enc, d_b_enc, d_b_pre, None, None, None, None
 
 
-def _select(pre_acts, k, n):
-    """Pre-activations (B, n or more) -> ReLU'd values and indices of the top k; of all positive ones when k = n."""
-    if k == n:
-        k = max(1, int((pre_acts > 0).sum(1).max()))
-    values, indices = topk(pre_acts, k)
-    return values.relu(), indices
+def _join(codes, u, n):
+    """Codes of consecutive chunks, which may differ in width -> values (B, k), ReLU'd, in the precision of u, and indices (B, k)."""
+    width = max(values.shape[1] for values, _ in codes)
+    values, indices = (torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts]) for parts in zip(*codes))
+    return values.relu().to(u.dtype), indices.clamp(max=n - 1)  # only a row of NaN selects a column beyond n
 
 
-def sparse_encode(u, W_enc, b_enc, b_pre, k, dtype=None):
+def sparse_encode(u, W_enc, b_enc, b_pre, k, dtype=None, dead=None, k_aux=0):
     """ReLU(TopK(W_enc (u - b_pre) + b_enc)) as values, indices (B, k). Differentiable in values with respect to all four tensors.
 
-    u (B, d), W_enc (n, d), b_enc (n), b_pre (d). dtype: precision of the product (default: the weights'); the rest stays in the weights'.
+    u (B, d), W_enc (n, d), b_enc (n), b_pre (d). dtype: precision of the product (default: the weights'); the rest stays in the
+    weights'. With `dead` (n_dead), the same product also gives the code of the top k_aux among those latents, as two more
+    tensors (B, min(k_aux, n_dead)), whose gradient does not reach b_pre.
     """
-    return _SparseEncode.apply(u, W_enc, b_enc, b_pre, k, dtype)
+    none = torch.empty(0, dtype=torch.long, device=u.device)
+    code = _SparseEncode.apply(u, W_enc, b_enc, b_pre, k, dtype, none if dead is None else dead, k_aux)
+    return code[:2] if dead is None else code
 
 
 # --------------------------------------------------------------------------------------------------

@@ -271,35 +271,42 @@ def aux_setup():
     return m, u, (u - m.decode(*m.encode(u)))
 
 
+def dead_code(m, u, dead, k_aux):
+    return S.sparse_encode(u, m.W_enc, m.b_enc, m.b_pre, m.k, None, dead, k_aux)[2:]
+
+
 def test_auxk_is_nothing_without_dead_latents():
     m, u, e = aux_setup()
     none = torch.empty(0, dtype=torch.long)
-    assert S.auxk_loss(m, u, e, none, 4).item() == 0
     plain, aux = (S.losses(m, u, 0.3, none, 4, coef)[0] for coef in (0.0, 1 / 32))
+    assert torch.equal(plain, aux)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(plain, list(m.parameters())), torch.autograd.grad(aux, list(m.parameters()))))
 
 
-def test_auxk_touches_dead_rows_only_and_reaches_the_encoder():
+@pytest.mark.parametrize("n_dead", [1, 3, 5])
+def test_auxk_touches_dead_rows_only_and_reaches_the_encoder(n_dead):
     m, u, e = aux_setup()
-    dead = torch.tensor([2, 7, 11, 13, 19])
-    S.auxk_loss(m, u, e, dead, 3).backward()
+    dead = torch.tensor([2, 7, 11, 13, 19])[:n_dead]
+    values, indices = dead_code(m, u, dead, 3)
+    assert torch.allclose(to_dense(values, indices, 20)[:, dead], dense_code(m.pre_acts(u)[:, dead], min(3, n_dead)))
+    S.auxk_loss(u, e, S.sparse_decode(values, indices, m.W_dec)).backward()
     live = torch.ones(20, dtype=torch.bool)
     live[dead] = False
     for p in (m.W_enc, m.b_enc, m.W_dec):
         assert (p.grad[live] == 0).all() and (p.grad[dead].abs().sum() > 0)
-    assert m.b_pre.grad is None
+    assert (m.b_pre.grad == 0).all()
 
 
 def test_auxk_detaches_the_residual():
     m, u, e = aux_setup()
     leaf = e.detach().requires_grad_()
-    S.auxk_loss(m, u, leaf, torch.arange(5), 3).backward()
+    S.auxk_loss(u, leaf, S.sparse_decode(*dead_code(m, u, torch.arange(5), 3), m.W_dec)).backward()
     assert leaf.grad is None
 
 
 def test_auxk_of_a_constant_residual_is_zero_not_nan():
     m, u, _ = aux_setup()
-    loss = S.auxk_loss(m, u, torch.ones_like(u), torch.arange(5), 3)
+    loss = S.auxk_loss(u, torch.ones_like(u), S.sparse_decode(*dead_code(m, u, torch.arange(5), 3), m.W_dec))
     loss.backward()
     assert loss.item() == 0 and all(torch.isfinite(p.grad).all() for p in (m.W_enc, m.b_enc, m.W_dec))
 
