@@ -776,7 +776,7 @@ class Acts:
     def sample(self, n_tokens, seed=0):
         """A fixed random sample of whole contexts with about `n_tokens` tokens: (tokens (n, T), activations (n, T, d) float16)."""
         n = min(len(self), max(1, n_tokens // self.tokens.shape[1]))
-        return self[np.sort(np.random.default_rng(seed).permutation(len(self))[:n])]
+        return self[np.random.default_rng(seed).permutation(len(self))[:n]]
 
 
 class Stream:
@@ -826,16 +826,16 @@ def default_text(model):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--model", default="auto", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, auto, or a file or folder of weights")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="auto", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, a file or folder of weights, or auto (default): gpt2 if it can be had, else stdlib")
     p.add_argument("--layer", type=int, help="0-based block; default: two thirds of the depth (8 of 12, 2 of 4)")
-    p.add_argument("--site", default="resid_post_mlp", help=", ".join(SITES))
-    p.add_argument("--tokens", type=int, help="training tokens; default: the whole text for stdlib, else 10 M on CUDA and 1 M on CPU; 0: the whole text")
+    p.add_argument("--site", default="resid_post_mlp", help=f"one of {', '.join(SITES)}; default: resid_post_mlp")
+    p.add_argument("--tokens", type=int, help="training tokens, 0 for the whole text; default: the whole text for stdlib, else 10 M on CUDA and 1 M on CPU")
     p.add_argument("--text", help=".txt, .jsonl, .jsonl.gz, a folder of them, - for standard input, webtext, stdlib; default: what the model was trained on")
-    p.add_argument("--ctx", type=int, help="tokens in a context; default: 64")
-    p.add_argument("--out", default="acts", help="directory to write")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    p.add_argument("--batch", type=int, default=0, help="contexts per forward pass; 0: 1024 on CUDA, 256 on CPU")
+    p.add_argument("--ctx", type=int, help="tokens in a context; default: 64, as in the paper")
+    p.add_argument("--out", default="acts", help="directory to write; default: acts")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu; default: cuda if there")
+    p.add_argument("--batch", type=int, help="contexts per forward pass; default: 1024 on CUDA, 256 on CPU")
     a = p.parse_args(argv)
     model, encoding = load_model(a.model, a.device)
     text = a.text or default_text(model)

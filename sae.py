@@ -10,7 +10,7 @@ The method, with x an activation of width d:
     z  = ReLU(TopK_k(W_enc (u - b_pre) + b_enc))            SAE.encode       section 2.3
     û  = sum_i z_i W_dec[i] + b_pre                         SAE.decode
     e  = u - û                                              the residual, detached in AuxK
-    L  = |e|^2 / c  +  alpha |e - ê|^2 / var(e)             train_step       sections 2.3, 2.4
+    L  = |e|^2 / c  +  alpha |e - ê|^2 / var(e)             losses           sections 2.3, 2.4
     ê  = sum_i z'_i W_dec[i], z' = ReLU(TopK_{k_aux}) over the dead latents only
 
     d = d_model    n = n_latents    k = active latents a token    B = tokens in a batch    c = error of predicting the mean
@@ -93,7 +93,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def init_from_data(self, u):
-        """b_pre and the encoder's scale from normalised activations u (N, d), section 2.4 and appendix A.
+        """b_pre and the encoder's scale from normalised activations u (N, d), appendix A.
 
         b_pre is their geometric median; W_enc is scaled so that reconstructions of random unit vectors have unit norm.
         """
@@ -392,7 +392,7 @@ def resolve(cfg, d_model, tokens):
     c.k_aux = c.k_aux or 2 ** int(math.log2(max(2, d_model // 2)))
     c.dead_tokens = c.dead_tokens or min(10_000_000, max(c.tokens // 100, c.batch))
     c.ema = c.ema or min(0.999, 1 - 1 / max(2, 0.07 * steps))
-    fast = torch.cuda.is_available() if c.device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
+    fast = c.device.startswith("cuda") or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     c.precision = c.precision or ("bf16" if fast else "fp32")
     if c.precision not in ("bf16", "fp32"):
         raise ValueError(f"--precision {c.precision}: choose bf16 or fp32")
@@ -526,7 +526,7 @@ def train(cfg, batches, val=None, meta=None):
     eval_every = max(1, steps // 10)
     stop, saved_at = [], time.time()
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
-    rates, mark = [], time.time()
+    paces, mark = [], (trainer.steps, time.time())
     print("     step |   nmse    val |    l0 |   dead |      lr |   tok/s |    eta", file=sys.stderr)
     try:
         while trainer.steps < steps:
@@ -535,21 +535,21 @@ def train(cfg, batches, val=None, meta=None):
                 raise ValueError(f"the activations ended after step {trainer.steps} of {steps}; lower --tokens or give more")
             info = trainer.step(x)
             done = trainer.steps
-            if done % every == 0 or done == steps:
-                now = time.time()
-                rates = (rates + [(now - mark) / every])[-20:]
-                mark = now
-                pace = sorted(rates)[len(rates) // 2]
-                line = {"step": done, "tokens": done * cfg.batch} | {name: float(v) for name, v in info.items()} | {"tokens_per_s": cfg.batch / pace}
-                if val is not None and (done % eval_every == 0 or done == steps):
+            evaluate = val is not None and (done % eval_every == 0 or done == steps)
+            if done % every == 0 or evaluate or done == steps:
+                line = {"step": done, "tokens": done * cfg.batch} | {name: float(v) for name, v in info.items()}
+                paces = [*paces[-19:], (time.time() - mark[1]) / (done - mark[0])]
+                pace = sorted(paces)[len(paces) // 2]  # seconds a step, the median of late
+                line["tokens_per_s"] = cfg.batch / pace
+                if evaluate:
                     line["val_nmse"] = nmse(trainer.sae, val)
-                    mark = time.time()
+                mark = done, time.time()
                 with open(log_file, "a") as f:
                     f.write(json.dumps(line) + "\n")
                 show(line, cfg, steps, pace)
             if stop or (time.time() - saved_at > 60 * cfg.minutes and done < steps):
                 save_atomic(checkpoint, trainer.state())
-                saved_at = mark = time.time()
+                saved_at = time.time()
                 if stop:
                     print(f"\nstopped at step {done}; saved {checkpoint}; continue with --resume", file=sys.stderr)
                     raise KeyboardInterrupt
@@ -702,6 +702,8 @@ def main(argv=None):
             print(f"no activations at {acts}: harvesting", file=sys.stderr)
             harvest.main(["--model", cfg.model, "--out", cfg.acts, "--device", device] + (["--text", cfg.text] if cfg.text else []))
         data, held_out = harvest.Acts(acts), harvest.Acts(acts, "val")
+        if cfg.model not in ("auto", data.meta["model"]) or cfg.text not in ("", data.meta["text"]):
+            raise ValueError(f"{acts} holds activations of {data.meta['model']} on {data.meta['text']}; name another --acts, or leave out --model and --text")
         available = data.n_tokens
     cfg = resolve(cfg, data.d_model, available)
     val = held_out.sample(65536 if device.startswith("cuda") else 8192)[1].flatten(0, 1)

@@ -1035,7 +1035,7 @@ def test_evaluating_an_openai_autoencoder(tmp_path, model_file, text_file, run_d
 def test_help_teaches(script, capsys):
     with pytest.raises(SystemExit) as e:
         {"harvest": harvest, "sae": S, "evals": evals}[script].main(["--help"])
-    assert e.value.code == 0 and "python" in capsys.readouterr().out or script == "harvest"
+    assert e.value.code == 0 and f"python {script}.py" in capsys.readouterr().out
 
 
 def test_importing_runs_nothing():
@@ -1110,6 +1110,7 @@ def test_impossible_options(tmp_path, capsys, acts_dir, run_dir):
     refuses(S.main, [*TINY, "--precision", "fp8", *out], capsys, "choose bf16 or fp32")
     refuses(S.main, [*TINY, "--acts", acts_dir, "--out", run_dir], capsys, "already holds a run", "--resume")
     refuses(S.main, [*TINY, *out, "--resume"], capsys, "nothing to resume")
+    refuses(S.main, [*TINY, *out, "--model", "gpt2"], capsys, "holds activations of", "another --acts")
     refuses(S.main, [*TINY, "--acts", acts_dir, "--out", run_dir, "--resume", "--lr", 0.5], capsys, "another configuration", "lr")
 
 
