@@ -29,11 +29,11 @@ bench: .venv/ready
 	@touch $@
 
 acts/ready: .venv/ready
-	$(PY) harvest.py --model stdlib --tokens 2500000 --out acts
+	$(PY) harvest.py --model stdlib --out acts
 	@touch $@
 
 $(RUN)/sae.pt: acts/ready
-	$(PY) sae.py --n_latents 32768 --k 32 --out $(RUN) $$(test ! -e $(RUN)/checkpoint.pt || echo --resume)
+	$(PY) sae.py --n_latents 32768 --k 32 --tokens 2500000 --out $(RUN) $$(test ! -e $(RUN)/checkpoint.pt || echo --resume)
 
 clean:
 	rm -rf acts runs .pytest_cache .hypothesis __pycache__

@@ -42,22 +42,29 @@ def unit(sae, x):
 
 @torch.no_grad()
 def reconstruction(sae, x, k=None):
-    """Raw activations x (N, d) -> nmse (squared error over that of always predicting their mean, both normalised), l0 (mean count
-    of active latents), mean_norm of the reconstruction over that of the input (1: no shrinkage)."""
-    total = torch.zeros(5, dtype=torch.float64, device=sae.W_dec.device)
-    mean = torch.zeros(sae.d_model, dtype=torch.float64, device=sae.W_dec.device)
-    ratios = []
-    for chunk in x.split(CHUNK):
+    """Raw activations x (N, d) or (contexts, T, d) -> nmse (squared error over that of always predicting their mean, both normalised),
+    l0 (mean count of active latents), norm_ratio (mean norm of the reconstruction over that of the input).
+
+    The standard error is over the first dimension: tokens of one context are not independent.
+    """
+    errors, norms, active, total, square = [], 0.0, 0, 0.0, 0.0
+    for chunk in x.flatten(0, -2).split(CHUNK):
         u = unit(sae, chunk)
         values, indices = sae.encode(u, k)
         u_hat = sae.decode(values, indices)
-        error = (u - u_hat).square().sum(1)
-        total += torch.stack([error.sum(), error.square().sum(), u.square().sum(), (values > 0).sum(), (u_hat.norm(dim=1) / u.norm(dim=1).clamp_min(1e-30)).sum()]).double()
-        mean += u.sum(0)
-    n = len(x)
-    variance = (total[2] / n - (mean / n).square().sum()).clamp_min(1e-30)
-    spread = (total[1] / n - (total[0] / n) ** 2).clamp_min(0).sqrt() / math.sqrt(n)
-    return {"nmse": (total[0] / n / variance).item(), "nmse_se": (spread / variance).item(), "l0": total[3].item() / n, "norm_ratio": total[4].item() / n, "tokens": n}
+        errors.append((u - u_hat).square().sum(1).double())
+        active += int((values > 0).sum())
+        norms += (u_hat.norm(dim=1) / u.norm(dim=1).clamp_min(1e-30)).sum().item()
+        total, square = total + u.sum(0).double(), square + u.square().sum().double()
+    n = x.flatten(0, -2).shape[0]
+    variance = (square / n - (total / n).square().sum()).clamp_min(1e-30)
+    nmse = torch.cat(errors).view(len(x), -1).mean(1) / variance
+    return {"nmse": nmse.mean().item(), "nmse_se": standard_error(nmse), "l0": active / n, "norm_ratio": norms / n, "tokens": n}
+
+
+def standard_error(samples):
+    """Of the mean of samples (N); nan for one sample."""
+    return (samples.std() / math.sqrt(len(samples))).item() if len(samples) > 1 else math.nan
 
 
 @torch.no_grad()
@@ -129,7 +136,7 @@ def downstream(sae, model, tokens, layer, site, mean=None):
     m = {name: v.mean().item() for name, v in per.items()}
     out = {}
     for name in ("ce", "ce_sae", "delta_ce", "kl", "ce_zero", "ce_mean"):
-        out |= {name: m[name], name + "_se": (per[name].std() / math.sqrt(len(per[name]))).item() if len(tokens) > 1 else math.nan}
+        out |= {name: m[name], name + "_se": standard_error(per[name])}
     for name in ("zero", "mean"):
         gap = m[f"ce_{name}"] - m["ce"]
         out[f"recovered_{name}"] = (m[f"ce_{name}"] - m["ce_sae"]) / gap if gap else math.nan
@@ -173,12 +180,13 @@ def table(results):
 
 
 def load(path, device):
-    """A run directory or a file -> (SAE, directory to write results in)."""
+    """A run directory or a file -> (SAE, its file, the JSON file for its results)."""
     path = Path(path)
-    file = path / "sae.pt" if path.is_dir() or not path.suffix else path
-    if path.is_dir() and not file.exists() and (path / "checkpoint.pt").exists():
+    if path.is_file():
+        return SAE.load(path, device), path, path.with_suffix(".evals.json")
+    if not (path / "sae.pt").exists() and (path / "checkpoint.pt").exists():
         raise UserError(f"{path} is not finished; continue it with: python sae.py --resume --out {path} and the options it was started with")
-    return SAE.load(file, device), path if path.is_dir() else path.parent
+    return SAE.load(path / "sae.pt" if path.is_dir() else path, device), path / "sae.pt", path / "evals.json"
 
 
 def main(argv=None):
@@ -191,60 +199,64 @@ def main(argv=None):
     p.add_argument("--text", help="text where there are no harvested activations (default: what the model was trained on)")
     p.add_argument("--tokens", type=int, default=0, help="held-out tokens for NMSE and density; 0: 2^18 on CUDA, 2^16 on CPU")
     p.add_argument("--contexts", type=int, default=0, help="held-out contexts for the downstream loss; 0: 2048 on CUDA, 512 on CPU")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    p.add_argument("--device", default="", help="cuda or cpu; default: cuda if there")
     p.add_argument("--again", action="store_true", help="compute everything anew")
     p.add_argument("--json", action="store_true", help="print JSON instead of the table")
     a = p.parse_args(argv)
     keep_heap()
+    device = harvest.pick_device(a.device)
+    cuda = device.startswith("cuda")
+    n_contexts = a.contexts or (2048 if cuda else 512)
+    n_tokens = a.tokens or (2**18 if cuda else 2**16)
     began = time.time()
-    sae, out = load(a.run, a.device)
+    sae, file, out = load(a.run, device)
     trained = sae.meta
-    cuda = a.device.startswith("cuda")
-    n_tokens, n_contexts = a.tokens or (2**18 if cuda else 2**16), a.contexts or (2048 if cuda else 512)
 
-    acts = Path(a.acts or trained.get("config", {}).get("acts", ""))
-    if a.acts or (trained.get("model") and (acts / "meta.json").exists() and not a.text and not a.model):
+    acts = a.acts or trained.get("config", {}).get("acts")
+    asked = {name: value for name in ("model", "layer", "site", "text") if (value := getattr(a, name)) is not None}
+    place = {name: trained[name] for name in ("model", "layer", "site", "text") if name in trained} | asked
+    if a.acts or (acts and harvest.is_harvested(acts) and all(harvest.read_meta(acts)[name] == value for name, value in place.items())):
         held_out, train = harvest.Acts(acts, "val"), harvest.Acts(acts, "train")
         where = train.meta
-        for name in ("model", "layer", "site"):
-            if name in trained and trained[name] != where[name]:
-                raise UserError(f"{a.run} was trained on {name} {trained[name]}, {acts} holds {name} {where[name]}; give its own --acts")
-        (val_tokens, val), (_, seen) = held_out.sample(n_tokens), train.sample(n_tokens)
-        model, _ = harvest.load_model(a.model or where["model"], a.device)
-        text = where["text"]
+        for name, value in place.items():
+            if where[name] != value:
+                raise UserError(f"{acts} holds {name} {where[name]}, but {a.run} {'is asked about' if name in asked else 'was trained on'} {name} {value}; give other --acts")
+        val_tokens, val = held_out.sample(max(n_tokens, n_contexts * where["context"]))
+        seen = train.sample(n_tokens)[1]
+        model, _ = harvest.load_model(where["model"], device)
     else:
-        model, encoding = harvest.load_model(a.model or trained.get("model", "auto"), a.device)
-        layer = trained.get("layer") if a.layer is None else a.layer
-        text = a.text or trained.get("text") or harvest.default_text(model)
-        held_out = harvest.Stream(model, encoding, text, layer, a.site or trained.get("site", "resid_post_mlp"), trained.get("context"))
-        where = held_out.meta
-        (val_tokens, val), seen = held_out.sample(n_tokens), None
+        model, encoding = harvest.load_model(place.get("model", "auto"), device, needs_text="text" not in place)
+        text = place.get("text") or harvest.default_text(model)
+        held_out = harvest.Stream(model, encoding, text, place.get("layer"), place.get("site", "resid_post_mlp"), trained.get("context"))
+        where, seen = held_out.meta, None
+        val_tokens, val = held_out.sample(max(n_tokens, n_contexts * where["context"]))
     if where["d_model"] != sae.d_model:
         raise UserError(f"{a.run} is for activations of width {sae.d_model}, these have {where['d_model']}; give its own --model, --layer and --site")
-    layer, site = where["layer"], where["site"]
-    val = val.flatten(0, 1).float()
+    layer, site, text = where["layer"], where["site"], where["text"]
+    chosen, val = val_tokens[:n_contexts], val[: max(1, n_tokens // where["context"])].float()
 
     kind = f"TopK k = {sae.k}" if sae.k < sae.n_latents else "ReLU"
     results = {"about": f"{a.run}: {where['model']}, layer {layer}, {site}, d = {sae.d_model}, n = {sae.n_latents}, {kind}; text: {text}"}
-    results["settings"] = {"model": where["model"], "layer": layer, "site": site, "text": text, "tokens": n_tokens, "contexts": n_contexts, "trained": trained}
+    results["settings"] = {"where": where, "tokens": n_tokens, "contexts": n_contexts, "trained": trained,
+                           "file": [str(file), file.stat().st_size, file.stat().st_mtime]}  # fmt: skip
 
     # What an earlier call found with the same settings is kept, so an interrupted evaluation goes on where it stopped.
-    earlier = json.loads((out / "evals.json").read_text()) if (out / "evals.json").exists() and not a.again else {}
+    earlier = json.loads(out.read_text()) if out.exists() and not a.again else {}
     if json.loads(json.dumps(results["settings"])) == earlier.get("settings"):
         results = earlier
 
     def measure(name, metric, *args):
         if name not in results:
             results[name] = metric(*args)
-            harvest.write_json(out / "evals.json", results)
+            harvest.write_json(out, results)
 
     measure("held_out", reconstruction, sae, val)
     if seen is not None:
-        measure("train", reconstruction, sae, seen.flatten(0, 1).float())
-    measure("density", density, sae, val)
-    measure("downstream", downstream, sae, model, val_tokens[:n_contexts], layer, site, val.mean(0))
+        measure("train", reconstruction, sae, seen.float())
+    measure("density", density, sae, val.flatten(0, 1))
+    measure("downstream", downstream, sae, model, chosen, layer, site, val.mean((0, 1)))
     print(json.dumps(results, indent=1) if a.json else "\n".join(table(results)))
-    print(f"{time.time() - began:.0f} s; written to {out / 'evals.json'}", file=sys.stderr)
+    print(f"{time.time() - began:.0f} s; written to {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ What is here, from top to bottom:
     GPT2             the subject model in plain PyTorch; every site can be read (stopping early) or edited
     load_model       published weights (Hugging Face's names and shapes), local files, or `stdlib`
     documents        .txt, .jsonl, .jsonl.gz, folders, standard input, or OpenAI's WebText sample
-    stdlib           a small real language model, trained in about two minutes on Python's own source text
+    stdlib           a small real language model, trained in about three minutes on Python's own source text
     harvest, Acts    activations written to shards (resumable, atomic) and read back, shuffled
     Stream           the same batches without a disk
 
@@ -20,10 +20,12 @@ On disk, for one directory `acts/`:
 """
 
 import argparse
+import errno
 import functools
 import gzip
 import hashlib
 import heapq
+import http.client
 import itertools
 import json
 import math
@@ -34,6 +36,7 @@ import sys
 import sysconfig
 import time
 import urllib.request
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +49,7 @@ import torch.nn.functional as F
 
 SITES = ("resid_delta_attn", "resid_post_attn", "resid_delta_mlp", "resid_post_mlp", "mlp_post_act")
 CACHE = Path(os.environ.get("SAE_CACHE", Path(__file__).parent / "cache"))
-GPT2_HEADS = {"gpt2": 12, "gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25}
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHTS_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
 WEBTEXT_URL = "https://openaipublic.blob.core.windows.net/gpt-2/output-dataset/v1/webtext.train.jsonl"
 EOT = "<|endoftext|>"
@@ -59,19 +62,27 @@ class UserError(ValueError):
 
 
 def run_main(main):
-    """Run a script's main(); a ValueError, a full disk or Ctrl-C ends it with one line on stderr. SAE_DEBUG=1 shows tracebacks."""
+    """Run a script's main(). What the user can put right ends it with one line on stderr; SAE_DEBUG=1 shows tracebacks."""
     try:
-        main()
-    except ValueError as e:
+        return main()
+    except (ValueError, OSError, KeyboardInterrupt) as e:
         if os.environ.get("SAE_DEBUG"):
             raise
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except OSError as e:
-        if e.errno != 28:  # ENOSPC
-            raise
-        sys.exit(print("error: no space left on the disk; what was complete is kept: free some room and run again", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("\ninterrupted; run the same command again to continue", file=sys.stderr) or 130)
+        if isinstance(e, KeyboardInterrupt):
+            message, status = f"\n{e if e.args else 'interrupted'}", 130
+        elif isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            message, status = "error: no space left on the disk; what was complete is kept: free some room and run again", 2
+        else:
+            message, status = f"error: {e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else f"error: {e}", 2
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def pick_device(name=""):
+    """"" -> cuda if there, else cpu; a name is checked. Raises UserError."""
+    if name.startswith("cuda") and not torch.cuda.is_available() or name and not name.startswith(("cuda", "cpu")):
+        raise UserError(f"no device {name} here; use --device {'cuda or ' * torch.cuda.is_available()}cpu")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,15 +232,15 @@ def download(url, path):
     socket.setdefaulttimeout(10)
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as r:
-            size = int(r.headers["Content-Length"])
+            size = int(r.headers["Content-Length"] or 0)
         torch.hub.download_url_to_file(url, str(part))
-        if part.stat().st_size != size:
+        if size and part.stat().st_size != size:
             raise OSError(f"got {part.stat().st_size} of {size} bytes")
         part.replace(path)
-    except OSError as e:
-        if e.errno == 28:
+    except (OSError, http.client.HTTPException) as e:
+        if getattr(e, "errno", None) == errno.ENOSPC:
             raise
-        raise UserError(f"cannot download {url} ({getattr(e, 'reason', e)}); copy the file to {path} by hand, or use --model stdlib") from e
+        raise UserError(f"cannot download {url} ({getattr(e, 'reason', e)}); copy it to {path} by hand, name your own --text, or use --model stdlib") from e
     finally:
         part.unlink(missing_ok=True)
         socket.setdefaulttimeout(timeout)
@@ -269,22 +280,24 @@ def read_weights(path):
             return read_safetensors(path), n_head, {}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no weights at {path}; --model takes {', '.join(GPT2_HEADS)}, stdlib, auto, or a path") from None
+        raise UserError(f"no weights at {path}; --model takes {', '.join(PUBLISHED)}, stdlib, auto, or a path") from None
     except Exception as e:
         raise UserError(f"{path} is not a readable weight file ({type(e).__name__}: {str(e).splitlines()[0][:80]}); delete it and run again") from e
     return (state["state"], state["config"]["n_head"], state) if "merges" in state else (state, n_head, {})
 
 
-def load_model(name_or_path="auto", device="cpu"):
+def load_model(name_or_path="auto", device="cpu", needs_text=False):
     """-> (GPT2 in eval mode without gradients, tiktoken.Encoding).
 
     name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl (weights fetched once into cache/), `stdlib` (trained once, cached),
-    `auto` (gpt2 if its weights are cached or can be downloaded, else stdlib; says which and why), or a file or folder of weights.
-    Raises UserError with a remedy.
+    `auto` (gpt2 if its weights, and its text where `needs_text`, are cached or can be downloaded, else stdlib; says which and why),
+    or a file or folder of weights. Raises UserError with a remedy.
     """
     if name_or_path == "auto":
         try:
             model = load_model("gpt2", device)
+            if needs_text:
+                fetch_webtext()
             print("model: gpt2 (its weights are at hand)", file=sys.stderr)
             return model
         except UserError as e:
@@ -294,20 +307,21 @@ def load_model(name_or_path="auto", device="cpu"):
         path = CACHE / f"stdlib-{platform.python_version()}-v{FORMAT}.pt"
         if not path.exists():
             train_stdlib(path, device)
-    elif name_or_path in GPT2_HEADS:
+    elif name_or_path in PUBLISHED:
         path = CACHE / f"{name_or_path}.safetensors"
         if not path.exists():
             download(WEIGHTS_URL.format(name_or_path), path)
     else:
         path = Path(name_or_path)
     state, n_head, extras = read_weights(path)
-    state = {k.removeprefix("transformer."): v.float() for k, v in state.items()}
-    if "wte.weight" not in state:
-        raise UserError(f"{path} holds no GPT-2: it has no wte.weight")
-    n_vocab, d = state["wte.weight"].shape
-    n_layer = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("h."))
-    model = GPT2(GPT2Config(n_vocab, len(state["wpe.weight"]), d, n_layer, n_head or d // 64))
-    model.load_state_dict(state)
+    try:
+        state = {k.removeprefix("transformer."): v.float() for k, v in state.items()}
+        n_vocab, d = state["wte.weight"].shape
+        n_layer = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("h."))
+        model = GPT2(GPT2Config(n_vocab, len(state["wpe.weight"]), d, n_layer, n_head or d // 64))
+        model.load_state_dict(state)
+    except (AttributeError, KeyError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path} holds no GPT-2 ({type(e).__name__}: {' '.join(str(e).split())[:80]})") from e
     model.name, model.curve = str(name_or_path), extras.get("curve", [])
     encoding = bpe_encoding(extras["merges"]) if extras else gpt2_encoding()
     return model.to(device).eval().requires_grad_(False), encoding
@@ -344,10 +358,7 @@ def documents(source):
     elif source == "-":
         yield from split_text(sys.stdin.read())
     elif source == "webtext":
-        path = CACHE / "webtext.train.jsonl"
-        if not path.exists():
-            download(WEBTEXT_URL, path)
-        yield from documents(path)
+        yield from documents(fetch_webtext())
     elif (path := Path(source)).is_dir():
         files = sorted(f for f in path.rglob("*") if f.name.endswith((".txt", ".jsonl", ".jsonl.gz")))
         if not files:
@@ -357,26 +368,36 @@ def documents(source):
     elif not path.exists():
         raise UserError(f"no text at {path}; --text takes a .txt, .jsonl or .jsonl.gz file, a folder of them, -, webtext or stdlib")
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    yield json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(f'{path}, line {number}: not a JSON object with a field "text"') from None
+        number = 0
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as f:
+                for number, line in enumerate(f, 1):
+                    yield json.loads(line)["text"] + ""
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path}, line {number}: not a JSON object with a string "text"') from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise UserError(f"{path} is damaged after line {number}: {e}") from None
     else:
         yield from split_text(path.read_text(encoding="utf-8", errors="replace"))
 
 
+def fetch_webtext():
+    """Path of OpenAI's WebText sample, downloaded once. Raises UserError."""
+    path = CACHE / "webtext.train.jsonl"
+    if not path.exists():
+        download(WEBTEXT_URL, path)
+    return path
+
+
 def split_text(text, size=4000):
-    """Cut one long text into documents: at <|endoftext|>, or else at the first blank line after every `size` characters."""
+    """Cut one long text into documents: at <|endoftext|>, or else, after every `size` characters, at the next blank line, line or word."""
     if EOT in text:
         yield from text.split(EOT)
         return
     start = 0
     while start < len(text):
-        end = text.find("\n\n", start + size)
-        end = text.find("\n", start + size) if end < 0 or end > start + 2 * size else end
-        end = len(text) if end < 0 else end + 1
+        ends = (text.find(gap, start + size, start + 2 * size) for gap in ("\n\n", "\n", " "))
+        end = next((e + 1 for e in ends if e >= 0), start + 2 * size)
         yield text[start:end]
         start = end
 
@@ -493,10 +514,11 @@ def lm_loss(model, tokens, **edit):
 def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_head=4, steps=1000, batch=32, length=64, text="stdlib"):
     """Train the embedded language model and save {config, state, merges, curve, losses} at `path`, atomically.
 
-    About two minutes on two cores. `curve` is its held-out loss against training FLOPs, for the compute-equivalent
+    About three minutes on two cores. `curve` is its held-out loss against training FLOPs, for the compute-equivalent
     metric (paper section 4.1); FLOPs per token = 6 (12 L d^2 + d V) + 12 L d T.
     """
-    print("training the embedded language model (once; cached afterwards)", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print("training the embedded language model (about three minutes on two cores; cached afterwards)", file=sys.stderr)
     start = time.time()
     docs = list(documents(text))
     merges = learn_bpe([doc for i, doc in enumerate(docs) if not is_val(i)], n_vocab - 257)
@@ -535,7 +557,6 @@ def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_hea
         progress(step, f"held-out loss {curve[-1]['loss']:.3f}")
     progress.finish()
     losses["model"] = curve[-1]["loss"]
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     torch.save({"config": asdict(config), "state": model.state_dict(), "merges": merges, "curve": curve, "losses": losses}, part)
     part.replace(path)
@@ -603,6 +624,8 @@ def write_npy(path, array):
     try:
         with open(part, "wb") as f:
             np.save(f, array, allow_pickle=False)
+            f.flush()
+            os.fsync(f.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -619,11 +642,11 @@ def harvest(model, encoding, text, out, layer=None, site="resid_post_mlp", token
             "context": length, "text": str(text) if isinstance(text, (str, Path)) else "given", "asked": tokens}  # fmt: skip
     meta_file = out / "meta.json"
     if meta_file.exists():
-        meta = json.loads(meta_file.read_text())
+        meta = read_meta(out)
         differs = [f"{k}: {meta.get(k)} there, {v} wanted" for k, v in want.items() if meta.get(k) != v]
-        if differs:
+        if differs and any(out.rglob("*.npy")):
             raise UserError(f"{out} holds another harvest ({'; '.join(differs)}); remove it or choose another --out")
-        if meta["complete"]:
+        if meta["complete"] and not differs:
             print(f"{out} is already complete: {meta['tokens']:,} tokens", file=sys.stderr)
             return meta
     elif out.exists() and any(out.iterdir()):
@@ -655,11 +678,12 @@ def harvest(model, encoding, text, out, layer=None, site="resid_post_mlp", token
             room[split] -= n
             progress(count["train"])
 
+    # Ctrl-C loses the shard in work at most: the same command continues.
     for i, ids in token_stream(documents(text), encoding):
         split = "val" if is_val(i) else "train"
-        pending[split] += ids
+        pending[split] += ids if room[split] else []
         flush(split, min(SHARD, room[split]))
-        if not room["train"]:
+        if not room["train"] and count["val"] + len(pending["val"]) >= length:
             break
     for split in ("train", "val"):
         flush(split, 1)
@@ -676,10 +700,10 @@ def harvest(model, encoding, text, out, layer=None, site="resid_post_mlp", token
 def resolve_place(model, layer, site, length):
     """-> (layer, context length), defaults filled in: the block two thirds of the way up (8 of 12, as in the paper; 2 of 4), 64 tokens."""
     layer = model.config.n_layer * 2 // 3 if layer is None else layer
-    length = length or min(64, model.config.n_ctx)
+    length = min(64, model.config.n_ctx) if length is None else length
     model.check_site(layer, site)
-    if length > model.config.n_ctx:
-        raise UserError(f"{model.name} has only {model.config.n_ctx} positions; use --ctx {model.config.n_ctx} or less")
+    if not 2 <= length <= model.config.n_ctx:
+        raise UserError(f"--ctx {length}: {model.name} has only {model.config.n_ctx} positions; choose 2 to {model.config.n_ctx}")
     return layer, length
 
 
@@ -698,6 +722,20 @@ def shuffled_blocks(n_contexts, block, seed, first):
         yield order[i : i + block], (seed, b)
 
 
+def read_meta(path):
+    """meta.json of a harvested directory. Raises UserError for another kind of file."""
+    try:
+        meta = json.loads((Path(path) / "meta.json").read_text())
+        return meta | {key: meta[key] for key in ("complete", "context", "d_model")}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{Path(path) / 'meta.json'} was not written by harvest.py; remove {path} and harvest again, or name another directory") from None
+
+
+def is_harvested(path):
+    """Whether a complete harvest is at `path`; False where there is none yet or an unfinished one. Raises UserError."""
+    return (Path(path) / "meta.json").exists() and read_meta(path)["complete"]
+
+
 class Acts:
     """A harvested directory, memory-mapped: `meta` (dict), `tokens` (contexts, T) int32, `acts` (list of float16 memory maps, one
     a shard, each (contexts, T, d)), `len()` in contexts, `acts[rows]` -> (tokens, activations). Raises UserError.
@@ -707,11 +745,8 @@ class Acts:
         path = Path(path)
         if not (path / "meta.json").exists():
             raise UserError(f"no activations at {path} (no meta.json); make them with: python harvest.py --out {path}")
-        try:
-            self.meta = json.loads((path / "meta.json").read_text())
-            complete, length, d = self.meta["complete"], self.meta["context"], self.meta["d_model"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path / 'meta.json'} was not written by harvest.py; remove {path} and harvest again") from None
+        self.meta = read_meta(path)
+        complete, length, d = self.meta["complete"], self.meta["context"], self.meta["d_model"]
         if self.meta.get("format") != FORMAT:
             raise UserError(f"{path} has format {self.meta.get('format')}, this harvest.py reads {FORMAT}; harvest again")
         if not complete:
@@ -786,15 +821,21 @@ class Stream:
     resumed run repeats at most one block. Texts are read again from the start when they end.
     """
 
-    def __init__(self, model, encoding, text, layer=None, site="resid_post_mlp", length=None, block=16384, batch=1024):
-        self.model, self.encoding, self.text, self.site, self.block, self.chunk = model, encoding, text, site, block, batch
+    def __init__(self, model, encoding, text, layer=None, site="resid_post_mlp", length=None, block=None, batch=1024):
+        self.model, self.encoding, self.site, self.chunk = model, encoding, site, batch
+        self.text = list(documents("-")) if text == "-" else text  # standard input can be read only once
+        self.block = block or (16384 if model.device.type == "cuda" else 2048)
         self.layer, self.length = resolve_place(model, layer, site, length)
         self.meta = {"model": model.name, "layer": self.layer, "site": site, "d_model": site_width(model.config, site),
                      "context": self.length, "text": str(text)}  # fmt: skip
         self.d_model = self.meta["d_model"]
 
     def contexts(self, split):
-        return split_contexts(self.text, self.encoding, split, self.length)
+        """Token rows of one split, once through the text. Raises UserError if it gives none."""
+        rows = split_contexts(self.text, self.encoding, split, self.length)
+        if (first := next(rows, None)) is None:
+            raise UserError(f"the text is too short: it gives no {split} context of {self.length} tokens (every 20th document is held out)")
+        return itertools.chain([first], rows)
 
     def batches(self, batch, seed=0, step=0, device=None):
         first, skip = divmod(step * batch, self.block * self.length)
@@ -834,13 +875,15 @@ def main(argv=None):
     p.add_argument("--text", help=".txt, .jsonl, .jsonl.gz, a folder of them, - for standard input, webtext, stdlib; default: what the model was trained on")
     p.add_argument("--ctx", type=int, help="tokens in a context; default: 64, as in the paper")
     p.add_argument("--out", default="acts", help="directory to write; default: acts")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu; default: cuda if there")
+    p.add_argument("--device", default="", help="cuda or cpu; default: cuda if there")
     p.add_argument("--batch", type=int, help="contexts per forward pass; default: 1024 on CUDA, 256 on CPU")
     a = p.parse_args(argv)
-    model, encoding = load_model(a.model, a.device)
+    device = pick_device(a.device)
+    cuda = device.startswith("cuda")
+    model, encoding = load_model(a.model, device, needs_text=not a.text)
     text = a.text or default_text(model)
-    tokens = a.tokens if a.tokens is not None else 0 if text == "stdlib" else 10_000_000 if a.device == "cuda" else 1_000_000
-    batch = a.batch or (1024 if a.device.startswith("cuda") else 256)
+    tokens = a.tokens if a.tokens is not None else 0 if text == "stdlib" else 10_000_000 if cuda else 1_000_000
+    batch = a.batch or (1024 if cuda else 256)
     meta = harvest(model, encoding, text, a.out, a.layer, a.site, tokens, a.ctx, batch)
     print(f"{a.out}: {meta['tokens']:,} training and {meta['val_tokens']:,} held-out tokens of {meta['model']}, layer {meta['layer']}, {meta['site']}, d = {meta['d_model']}")
 

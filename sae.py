@@ -49,7 +49,9 @@ def normalize(x):
     mean = x.mean(-1, keepdim=True)
     centered = x - mean
     norm = centered.norm(dim=-1, keepdim=True)
-    return centered / norm.clamp_min(torch.finfo(x.dtype).tiny), mean, norm
+    rounding = 4 * torch.finfo(x.dtype).eps * math.sqrt(x.shape[-1]) * mean.abs()  # what is left of a constant vector
+    norm = torch.where(norm <= rounding, 0.0, norm)
+    return torch.where(norm == 0, 0.0, centered / norm), mean, norm  # NaN stays NaN
 
 
 class SAE(nn.Module):
@@ -119,8 +121,8 @@ class SAE(nn.Module):
         saved = load_file(path)
         if "pre_bias" in saved:
             return cls.from_openai(saved).to(device)
-        if "sae" not in saved:
-            raise ValueError(f"{path} is neither written by sae.py nor one of OpenAI's autoencoders")
+        if "state" not in saved:
+            raise ValueError(f"{path} is neither an autoencoder written by sae.py nor one of OpenAI's")
         own = saved["sae"]
         sae = cls(own["d_model"], own["n_latents"], own["k"])
         sae.load_state_dict(saved["state"])
@@ -384,8 +386,8 @@ def resolve(cfg, d_model, tokens):
     c.out = c.out or f"runs/n{c.n_latents}_k{c.k}"
     c.tokens = c.tokens or tokens
     c.batch = c.batch or min(PAPER_BATCH, max(1024, 2 ** round(math.log2(max(c.tokens, 1) / 2000))))
-    steps = c.tokens // c.batch
-    if not steps:
+    steps = c.tokens // c.batch if c.batch > 0 else 0
+    if steps < 1:
         raise ValueError(f"{c.tokens:,} tokens are less than one batch of {c.batch:,}; lower --batch or harvest more")
     paper_lr = 1e-4 * math.sqrt(32768 / c.n_latents)
     c.lr = c.lr or max(paper_lr, min(2e-3, paper_lr * 20_000 / steps))
@@ -477,7 +479,8 @@ class Trainer:
 def nmse(sae, x, chunk=8192):
     """Normalised MSE (section 2.1) of raw activations x (N, d): squared error over that of always predicting their mean."""
     error, device = 0.0, sae.W_dec.device
-    u = [normalize(c.to(device, sae.W_dec.dtype))[0] for c in x.split(chunk)]
+    u = [c.to(device, sae.W_dec.dtype) for c in x.split(chunk)]
+    u = [normalize(c)[0] for c in u] if sae.normalized else u
     mean = sum(c.sum(0) for c in u) / len(x)
     for c in u:
         error += (c - sae.decode(*sae.encode(c))).square().sum()
@@ -504,8 +507,7 @@ def train(cfg, batches, val=None, meta=None):
         trainer = Trainer.load(checkpoint, cfg)
         if differs := [f"{k} {trainer.sae.meta.get(k)}, not {v}" for k, v in (meta or {}).items() if trainer.sae.meta.get(k) != v]:
             raise ValueError(f"{checkpoint} was trained on {'; '.join(differs)}; give the activations that it was trained on")
-        log = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= trainer.steps]
-        log_file.write_text("".join(line + "\n" for line in log))
+        cut_log(log_file, trainer.steps)
         stream = start(trainer.steps)
     else:
         stream = start(0)
@@ -515,7 +517,7 @@ def train(cfg, batches, val=None, meta=None):
         torch.manual_seed(cfg.seed)
         sae = SAE(sample.shape[1], cfg.n_latents, cfg.k).to(cfg.device)
         sae.init_from_data(sample)
-        sae.meta = meta or {}
+        sae.meta = dict(meta or {})
         trainer = Trainer(cfg, sae, (sample - sample.mean(0)).square().mean().item())
         del first, sample
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
@@ -532,7 +534,7 @@ def train(cfg, batches, val=None, meta=None):
         while trainer.steps < steps:
             x = next(stream, None)
             if x is None:
-                raise ValueError(f"the activations ended after step {trainer.steps} of {steps}; lower --tokens or give more")
+                raise ValueError(f"the activations ended after step {trainer.steps} of {steps}; give more and --resume")
             info = trainer.step(x)
             done = trainer.steps
             evaluate = val is not None and (done % eval_every == 0 or done == steps)
@@ -551,8 +553,7 @@ def train(cfg, batches, val=None, meta=None):
                 save_atomic(checkpoint, trainer.state())
                 saved_at = time.time()
                 if stop:
-                    print(f"\nstopped at step {done}; saved {checkpoint}; continue with --resume", file=sys.stderr)
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(f"stopped at step {done}; saved {checkpoint}; continue with --resume")
         trainer.sae.product_dtype = None  # the final scores, and the SAE handed back, in full precision
         raw, average = trainer.sae, trainer.averaged()
         scores = {"raw": nmse(raw, val), "ema": nmse(average, val)} if val is not None else {"ema": math.nan}
@@ -562,12 +563,26 @@ def train(cfg, batches, val=None, meta=None):
         sae.meta["dead"] = int((trainer.silent > cfg.dead_tokens).sum())
         sae.save(out / "sae.pt")
         save_atomic(checkpoint, trainer.state())
+    except ValueError:  # bad data, or a loss that is no number: the state before it is whole
+        save_atomic(checkpoint, trainer.state())
+        raise
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
     scores = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
     print(f"held-out nmse: {scores}; kept the {kept} weights in {out / 'sae.pt'}", file=sys.stderr)
     return sae
+
+
+def cut_log(path, step):
+    """Drop the lines of log.jsonl after `step`, and any that a crash left incomplete."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:
+            pass
+    path.write_text("".join(line + "\n" for line in kept))
 
 
 def show(line, cfg, steps, pace):
@@ -598,7 +613,7 @@ def save_atomic(path, obj):
 def load_file(path, device="cpu"):
     """torch.load that executes nothing. Raises ValueError for a file that is damaged or of another kind."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:  # zip, pickle and storage errors come in many types
         raise ValueError(f"{path} is not a readable file of weights ({type(e).__name__}); it may be cut short or of another kind") from e
 
@@ -643,7 +658,7 @@ def bench(cfg, d=768, repeats=7):
 
     Random data; the three are timed in turn, medians are reported. Peak memory is the process's on CPU, the device's on CUDA.
     """
-    cuda = torch.cuda.is_available() if not cfg.device else cfg.device.startswith("cuda")
+    cuda = cfg.device.startswith("cuda")
     cfg = resolve(dataclasses.replace(cfg, batch=cfg.batch or (PAPER_BATCH if cuda else 4096), tokens=10**10), d, 0)
     torch.manual_seed(cfg.seed)
     x = torch.randn(cfg.batch, d, device=cfg.device)
@@ -688,18 +703,19 @@ def main(argv=None):
 
     timing, cfg = parse_config(argv)
     keep_heap()
+    cfg.device = harvest.pick_device(cfg.device)
     if timing:
         return bench(cfg)
     resolve(cfg, 2, 10**9)  # complain about impossible values before any work
-    acts, device = Path(cfg.acts), cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    stream = cfg.stream or (not (acts / "meta.json").exists() and device.startswith("cuda"))
-    if stream:
-        model, encoding = harvest.load_model(cfg.model, device)
+    acts, device = Path(cfg.acts), cfg.device
+    if cfg.stream or (device.startswith("cuda") and not harvest.is_harvested(acts)):
+        cfg.acts = ""
+        model, encoding = harvest.load_model(cfg.model, device, needs_text=not cfg.text)
         data = held_out = harvest.Stream(model, encoding, cfg.text or harvest.default_text(model))
         available = 400_000_000
     else:
-        if not (acts / "meta.json").exists():
-            print(f"no activations at {acts}: harvesting", file=sys.stderr)
+        if not harvest.is_harvested(acts):
+            print(f"no complete activations at {acts}: harvesting", file=sys.stderr)
             harvest.main(["--model", cfg.model, "--out", cfg.acts, "--device", device] + (["--text", cfg.text] if cfg.text else []))
         data, held_out = harvest.Acts(acts), harvest.Acts(acts, "val")
         if cfg.model not in ("auto", data.meta["model"]) or cfg.text not in ("", data.meta["text"]):
