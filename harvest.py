@@ -9,7 +9,7 @@ What is here, from top to bottom:
     GPT2             the subject model in plain PyTorch; every site can be read (stopping early) or edited
     load_model       published weights (Hugging Face's names and shapes), local files, or `stdlib`
     documents        .txt, .jsonl, .jsonl.gz, folders, standard input, or OpenAI's WebText sample
-    stdlib           a small real language model, trained in about three minutes on Python's own source text
+    stdlib           a small real language model, trained in under four minutes on Python's own source text
     harvest, Acts    activations written to shards (resumable, atomic) and read back, shuffled
     Stream           the same batches without a disk
 
@@ -514,11 +514,11 @@ def lm_loss(model, tokens, **edit):
 def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_head=4, steps=1000, batch=32, length=64, text="stdlib"):
     """Train the embedded language model and save {config, state, merges, curve, losses} at `path`, atomically.
 
-    About three minutes on two cores. `curve` is its held-out loss against training FLOPs, for the compute-equivalent
+    Under four minutes on two cores. `curve` is its held-out loss against training FLOPs, for the compute-equivalent
     metric (paper section 4.1); FLOPs per token = 6 (12 L d^2 + d V) + 12 L d T.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    print("training the embedded language model (about three minutes on two cores; cached afterwards)", file=sys.stderr)
+    print("training the embedded language model (under four minutes on two cores; cached afterwards)", file=sys.stderr)
     start = time.time()
     docs = list(documents(text))
     merges = learn_bpe([doc for i, doc in enumerate(docs) if not is_val(i)], n_vocab - 257)

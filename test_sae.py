@@ -1185,7 +1185,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, capsys, acts
     assert not list((tmp_path / "r").glob("*.pt*"))
 
 
-@pytest.mark.skipif(not os.environ.get("SAE_LONG"), reason="set SAE_LONG=1: trains the real embedded model, two minutes")
+@pytest.mark.skipif(not os.environ.get("SAE_LONG"), reason="set SAE_LONG=1: trains the real embedded model, four minutes")
 def test_the_real_embedded_model_beats_its_baselines(tmp_path):
     harvest.train_stdlib(tmp_path / "m.pt")
     losses = torch.load(tmp_path / "m.pt", weights_only=True)["losses"]
