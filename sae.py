@@ -532,9 +532,12 @@ def train(cfg, batches, val=None, meta=None):
     print("     step |   nmse    val |    l0 |   dead |      lr |   tok/s |    eta", file=sys.stderr)
     try:
         while trainer.steps < steps:
-            x = next(stream, None)
-            if x is None:
-                raise ValueError(f"the activations ended after step {trainer.steps} of {steps}; give more and --resume")
+            try:
+                x = next(stream)
+            except (StopIteration, ValueError) as e:  # the data is at fault, not the training so far
+                if trainer.steps:
+                    save_atomic(checkpoint, trainer.state())
+                raise e if isinstance(e, ValueError) else ValueError(f"the activations ended after step {trainer.steps} of {steps}; give more and --resume") from None
             info = trainer.step(x)
             done = trainer.steps
             evaluate = val is not None and (done % eval_every == 0 or done == steps)
@@ -563,9 +566,6 @@ def train(cfg, batches, val=None, meta=None):
         sae.meta["dead"] = int((trainer.silent > cfg.dead_tokens).sum())
         sae.save(out / "sae.pt")
         save_atomic(checkpoint, trainer.state())
-    except ValueError:  # bad data, or a loss that is no number: the state before it is whole
-        save_atomic(checkpoint, trainer.state())
-        raise
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)

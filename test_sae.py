@@ -533,6 +533,7 @@ def test_resume_refuses_other_data_and_damaged_checkpoints(tmp_path):
 
     with pytest.raises(ValueError, match="ended after step 550 of 600"):
         S.train(cfg, ends)
+    assert torch.load(Path(cfg.out) / "checkpoint.pt", weights_only=True)["steps"] == 550
     cfg = tiny_config(tmp_path / "b")
     S.train(cfg, planted_batches, planted(100), {"layer": 1})
     cfg = dataclasses.replace(cfg, resume=True)
