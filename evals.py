@@ -1,15 +1,28 @@
 """
-evals.py: an autoencoder -> the paper's metrics, as a table and as JSON.
+evals.py: an autoencoder -> every metric of the paper, as a table and as JSON.
 
     python evals.py runs/n32768_k32                     # a run of sae.py; reads the activations it was trained on
-    python evals.py 8.pt --model gpt2 --layer 8         # one of OpenAI's released autoencoders
+    python evals.py runs/n32768_k32 --all               # the slower metrics too (minutes); or --only probes,refinement
+    python evals.py 8.pt --model gpt2 --layer 8 --all   # one of OpenAI's released autoencoders
+    python evals.py --fit runs/*                        # scaling laws through many runs
 
 One function a metric. Each takes an SAE and plain tensors or a model, and returns a dict of numbers; a key ending in `_se`
-is the standard error of the mean of the number before it. Losses are in nats per token.
+is the standard error of the number before it. Losses are in nats per token. Results are kept as they come: a second call
+computes only what is missing.
 
-    reconstruction   NMSE and L0                                         section 2.1
-    density          how often each latent fires; dead and rare ones     appendix
-    downstream       cross-entropy, ΔCE, KL, loss recovered, compute     section 4.1
+    reconstruction              NMSE, L0                                                  section 2.1
+    memorization                the same on training text                                 appendix
+    density, dense_latents      how often latents fire; what the densest ones follow      appendix
+    positions                   NMSE and norm by position in the context                  appendix
+    downstream                  cross-entropy, ΔCE, KL, loss recovered, compute           section 4.1
+    probes                      can one latent tell a known feature?                      section 4.2
+    n2g                         precision and recall of n-gram explanations               section 4.3
+    explanation_reconstruction  downstream loss of the explanations themselves            section 4.4
+    ablation_sparsity           how many logits does one latent move?                     section 4.5
+    refinement                  are activations shrunk?                                   section 5.1
+    test_time_k                 other k than the one trained with                         section 5.3
+    fixed_threshold             a threshold in place of TopK                              section 5.3
+    fit_scaling_law             L(n, k), L(N), L(C)                                       section 3
 """
 
 import argparse
@@ -17,6 +30,7 @@ import json
 import math
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +38,8 @@ import torch
 import torch.nn.functional as F
 
 import harvest
-from harvest import SITES, UserError
-from sae import SAE, keep_heap, normalize
+from harvest import SITES, Progress, UserError
+from sae import SAE, keep_heap, load_file, normalize
 
 CHUNK = 8192  # tokens encoded at a time
 
@@ -36,51 +50,119 @@ def unit(sae, x):
     return normalize(x)[0] if sae.normalized else x
 
 
-# --------------------------------------------------------------------------------------------------
-# Reconstruction and density, section 2.1.
-
-
-@torch.no_grad()
-def reconstruction(sae, x, k=None):
-    """Raw activations x (N, d) or (contexts, T, d) -> nmse (squared error over that of always predicting their mean, both normalised),
-    l0 (mean count of active latents), norm_ratio (mean norm of the reconstruction over that of the input).
-
-    The standard error is over the first dimension: tokens of one context are not independent.
-    """
-    errors, norms, active, total, square = [], 0.0, 0, 0.0, 0.0
-    for chunk in x.flatten(0, -2).split(CHUNK):
-        u = unit(sae, chunk)
-        values, indices = sae.encode(u, k)
-        u_hat = sae.decode(values, indices)
-        errors.append((u - u_hat).square().sum(1).double())
-        active += int((values > 0).sum())
-        norms += (u_hat.norm(dim=1) / u.norm(dim=1).clamp_min(1e-30)).sum().item()
-        total, square = total + u.sum(0).double(), square + u.square().sum().double()
-    n = x.flatten(0, -2).shape[0]
-    variance = (square / n - (total / n).square().sum()).clamp_min(1e-30)
-    nmse = torch.cat(errors).view(len(x), -1).mean(1) / variance
-    return {"nmse": nmse.mean().item(), "nmse_se": standard_error(nmse), "l0": active / n, "norm_ratio": norms / n, "tokens": n}
-
-
 def standard_error(samples):
     """Of the mean of samples (N); nan for one sample."""
     return (samples.std() / math.sqrt(len(samples))).item() if len(samples) > 1 else math.nan
 
 
+def mean_and_error(name, samples):
+    """{name: mean, name_se: its standard error} of samples (N)."""
+    samples = torch.as_tensor(samples, dtype=torch.float64)
+    return {name: samples.mean().item(), name + "_se": standard_error(samples)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Reconstruction, section 2.1; density, positions and memorisation, appendix.
+
+
 @torch.no_grad()
-def latent_counts(sae, x):
-    """Raw activations x (N, d) -> how many of the N tokens each latent fires on, (n) int64."""
-    counts = torch.zeros(sae.n_latents, dtype=torch.long, device=sae.W_dec.device)
+def squared_errors(sae, x, code=None):
+    """Raw activations x (contexts, T, d) -> per token: squared error (contexts, T) and norm of the reconstruction over the
+    input's, both normalised; number of active latents; and the squared error of always predicting the mean activation, averaged."""
+    errors, ratios, active, total, square = [], [], [], 0.0, 0.0
+    for chunk in x.flatten(0, 1).split(CHUNK):
+        u = unit(sae, chunk)
+        values, indices = (code or sae.encode)(u)
+        u_hat = sae.decode(values, indices)
+        errors.append((u - u_hat).square().sum(1).double())
+        ratios.append((u_hat.norm(dim=1) / u.norm(dim=1).clamp_min(1e-30)).double())
+        active.append((values > 0).sum(1).double())
+        total, square = total + u.sum(0).double(), square + u.square().sum().double()
+    N = x.shape[0] * x.shape[1]
+    variance = (square / N - (total / N).square().sum()).clamp_min(1e-30)
+    return *(torch.cat(part).view(x.shape[:2]) for part in (errors, ratios, active)), variance
+
+
+def reconstruction(sae, x, code=None):
+    """Raw activations x (N, d) or (contexts, T, d) -> nmse (squared error over that of always predicting their mean, both normalised),
+    l0 (mean count of active latents), norm_ratio (mean norm of the reconstruction over that of the input).
+
+    code: a function u -> (values, indices) in place of sae.encode. The standard errors are over the first dimension: tokens of
+    one context are not independent.
+    """
+    errors, ratios, active, variance = squared_errors(sae, x if x.ndim == 3 else x[:, None], code)
+    per = {"nmse": errors / variance, "l0": active, "norm_ratio": ratios}
+    out = {}
+    for name, v in per.items():
+        out |= mean_and_error(name, v.mean(1))
+    return out | {"tokens": errors.numel()}
+
+
+def memorization(sae, train, held_out):
+    """NMSE on training activations against held-out ones, each (contexts, T, d): a gap that grows with n is memorisation."""
+    a, b = reconstruction(sae, train), reconstruction(sae, held_out)
+    gap = {"gap": b["nmse"] - a["nmse"], "gap_se": math.hypot(a["nmse_se"], b["nmse_se"])}
+    return {"nmse_train": a["nmse"], "nmse_train_se": a["nmse_se"]} | gap | {"tokens": a["tokens"]}
+
+
+@torch.no_grad()
+def latent_sums(sae, x):
+    """Raw activations x (N, d) -> (n) each: the number of tokens each latent fires on, the sum of its activations' squares."""
+    counts = torch.zeros(sae.n_latents, dtype=torch.double, device=sae.W_dec.device)
+    squares = torch.zeros_like(counts)
     for chunk in x.split(CHUNK):
         values, indices = sae.encode(unit(sae, chunk))
-        counts += torch.bincount(indices[values > 0], minlength=sae.n_latents)
-    return counts
+        counts.index_add_(0, indices.flatten(), (values > 0).flatten().double())
+        squares.index_add_(0, indices.flatten(), values.square().flatten().double())
+    return counts, squares
 
 
 def density(sae, x, rare=1e-4):
-    """Fractions of latents that never fire on x (N, d), and that fire on fewer than `rare` of its tokens (the silent ones included)."""
-    share = latent_counts(sae, x) / len(x)
-    return {"silent": (share == 0).double().mean().item(), "rare": (share < rare).double().mean().item(), "densest": share.max().item(), "tokens": len(x)}
+    """Fractions of latents that never fire on x (N, d), and that fire on fewer than `rare` of its tokens (the silent ones included).
+
+    log10_density and log10_mean_square: histograms over the latents that fire, of E[1(z > 0)] and of E[z^2], counts in bins of a quarter decade.
+    """
+    counts, squares = latent_sums(sae, x)
+    share, alive = counts / len(x), counts > 0
+    edges = np.arange(-12, 4.01, 0.25)
+    histogram = lambda v: {"edges": edges.tolist(), "counts": np.histogram((v[alive] / len(x)).log10().clamp(-12, 4).cpu(), edges)[0].tolist()}
+    return {"silent": (~alive).double().mean().item(), "rare": (share < rare).double().mean().item(), "densest": share.max().item(),
+            "log10_density": histogram(counts), "log10_mean_square": histogram(squares), "tokens": len(x)}  # fmt: skip
+
+
+@torch.no_grad()
+def dense_latents(sae, x, tokens, top=10):
+    """The `top` densest latents on x (contexts, T, d), tokens (contexts, T), and the correlation of their activation with what dense
+    latents are known to follow: the position, being first in the context, and repetition (the same token earlier in the context)."""
+    flat = x.flatten(0, 1)
+    share = latent_sums(sae, flat)[0] / len(flat)
+    latents = share.topk(min(top, sae.n_latents)).indices
+    z = []
+    for chunk in flat.split(CHUNK):
+        values, indices = sae.encode(unit(sae, chunk))
+        z.append(torch.stack([(values * (indices == i)).sum(1) for i in latents], 1))
+    z = torch.cat(z).double().cpu()  # (N, top)
+    C, T = tokens.shape
+    same = (tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(2)
+    at = torch.arange(T).expand(C, T)
+    facts = torch.stack([at, at == 0, same.cpu()], -1).flatten(0, 1).double()  # (N, 3)
+    z_, f_ = ((v - v.mean(0)) / v.std(0).clamp_min(1e-12) for v in (z, facts))
+    r = z_.T @ f_ / (len(z) - 1)
+    names = ("latent", "density", "position", "first_token", "repetition")
+    return {"densest": [dict(zip(names, (int(i), share[i].item(), *row))) for i, row in zip(latents, r.tolist())], "tokens": len(z)}
+
+
+def positions(sae, x):
+    """x (contexts, T, d) -> nmse and norm, lists over the T positions, and their means at the first position and after it.
+
+    The denominator of the NMSE is the one of all positions together, so the mean of the list is the NMSE of `reconstruction`.
+    """
+    errors, _, _, variance = squared_errors(sae, x)
+    nmse, norm = errors / variance, x.to(errors.device).float().norm(dim=2).double()
+    out = {}
+    for name, v in (("nmse", nmse), ("norm", norm)):
+        out |= {name: v.mean(0).tolist()} | mean_and_error(name + "_first", v[:, 0]) | mean_and_error(name + "_later", v[:, 1:].mean(1))
+    return out | {"contexts": len(x)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,7 +172,7 @@ def density(sae, x, rare=1e-4):
 def compute_equivalent(curve, delta_ce):
     """The share of the model's training compute at which its own loss was `delta_ce` nats above its final one.
 
-    curve: list of {"flops", "loss"}; interpolated in log-compute. Returns None where the curve does not reach: (value, reason).
+    curve: list of {"flops", "loss"}; interpolated in log-compute. Returns (share, how); None and the reason where the curve does not reach.
     """
     if not curve:
         return None, "no loss-against-compute curve for this model"
@@ -105,6 +187,31 @@ def compute_equivalent(curve, delta_ce):
 
 
 @torch.no_grad()
+def patched_losses(model, tokens, layer, site, edits, label="downstream"):
+    """Cross-entropy of the model on tokens (C, T), as it is and with each of `edits` in place.
+
+    edits: name -> a function on activations (B, T, d), or a tensor (C, T, d) of replacements. Returns "ce", and for each edit
+    "ce_NAME", "delta_NAME" and "kl_NAME" (original || patched), as (C): nats per token, one mean a context.
+    """
+    losses = defaultdict(list)
+    size = max(1, 2**24 // (model.config.n_vocab * tokens.shape[1]))
+    progress = Progress(len(tokens), label, " contexts")
+    for start in range(0, len(tokens), size):
+        chunk = tokens[start : start + size].to(model.device)
+        labels = chunk[:, 1:, None]
+        clean = F.log_softmax(model(chunk)[:, :-1], dim=-1)
+        losses["ce"].append(-clean.gather(2, labels).mean((1, 2)))
+        for name, edit in edits.items():
+            act = edit if callable(edit) else lambda a, edit=edit: edit[start : start + size].to(a)
+            patched = F.log_softmax(model(chunk, layer, site, act)[:, :-1], dim=-1)
+            losses["ce_" + name].append(-patched.gather(2, labels).mean((1, 2)))
+            losses["kl_" + name].append((clean.exp() * (clean - patched)).sum(-1).mean(1))
+        progress(start + len(chunk))
+    progress.finish()
+    per = {name: torch.cat(parts).double().cpu() for name, parts in losses.items()}
+    return per | {"delta_" + name: per["ce_" + name] - per["ce"] for name in edits}
+
+
 def downstream(sae, model, tokens, layer, site, mean=None):
     """Replace the activation by its reconstruction at every position of tokens (C, T), run the rest of the model, and compare.
 
@@ -115,46 +222,814 @@ def downstream(sae, model, tokens, layer, site, mean=None):
     """
     if mean is None:
         mean = harvest.activations(model, tokens, layer, site).flatten(0, 1).mean(0)
-    edits = {"ce_sae": sae, "ce_zero": torch.zeros_like, "ce_mean": lambda a: mean.to(a).expand_as(a)}
-    sums = {name: [] for name in ("ce", "kl", *edits)}  # one mean a context
-    size = max(1, 2**24 // (model.config.n_vocab * tokens.shape[1]))
-    progress = harvest.Progress(len(tokens), "downstream", " contexts")
-    for chunk in tokens.split(size):
-        chunk = chunk.to(model.device)
-        labels = chunk[:, 1:, None]
-        clean = F.log_softmax(model(chunk)[:, :-1], dim=-1)
-        sums["ce"].append(-clean.gather(2, labels).mean((1, 2)))
-        for name, edit in edits.items():
-            patched = F.log_softmax(model(chunk, layer, site, edit)[:, :-1], dim=-1)
-            sums[name].append(-patched.gather(2, labels).mean((1, 2)))
-            if name == "ce_sae":
-                sums["kl"].append((clean.exp() * (clean - patched)).sum(-1).mean(1))
-        progress(min(len(sums["ce"]) * size, len(tokens)))
-    progress.finish()
-    per = {name: torch.cat(parts).double() for name, parts in sums.items()}
-    per["delta_ce"] = per["ce_sae"] - per["ce"]
-    m = {name: v.mean().item() for name, v in per.items()}
+    edits = {"sae": sae, "zero": torch.zeros_like, "mean": lambda a: mean.to(a).expand_as(a)}
+    per = patched_losses(model, tokens, layer, site, edits)
     out = {}
-    for name in ("ce", "ce_sae", "delta_ce", "kl", "ce_zero", "ce_mean"):
-        out |= {name: m[name], name + "_se": standard_error(per[name])}
+    for name, key in (("ce", "ce"), ("ce_sae", "ce_sae"), ("delta_ce", "delta_sae"), ("kl", "kl_sae"), ("ce_zero", "ce_zero"), ("ce_mean", "ce_mean")):
+        out |= mean_and_error(name, per[key])
     for name in ("zero", "mean"):
-        gap = m[f"ce_{name}"] - m["ce"]
-        out[f"recovered_{name}"] = (m[f"ce_{name}"] - m["ce_sae"]) / gap if gap else math.nan
-    out["compute_equivalent"], out["compute_equivalent_why"] = compute_equivalent(model.curve, m["delta_ce"])
+        gap, lost = per["delta_" + name], per["delta_sae"]
+        share = (lost.mean() / gap.mean()).item() if gap.any() else math.nan
+        error = standard_error(lost - share * gap) / abs(gap.mean().item()) if gap.any() else math.nan  # of a ratio of means
+        out |= {f"recovered_{name}": 1 - share, f"recovered_{name}_se": error}
+    value, why = compute_equivalent(model.curve, out["delta_ce"])
+    ends = [compute_equivalent(model.curve, out["delta_ce"] + s * out["delta_ce_se"])[0] for s in (-1, 1)]
+    error = abs(ends[0] - ends[1]) / 2 if None not in ends else math.nan
+    out |= {"compute_equivalent": value, "compute_equivalent_se": error, "compute_equivalent_why": why}
     return out | {"contexts": len(tokens), "tokens": len(tokens) * (tokens.shape[1] - 1)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Other codes of the same autoencoder, section 5.3: another k, a threshold.
+
+
+def with_code(sae, code):
+    """The function on activations that `patched_losses` wants, with `code` in place of sae.encode."""
+    return lambda a: sae(a, code)
+
+
+def test_time_k(sae, x, model, tokens, layer, site, k=None):
+    """NMSE on x (contexts, T, d) and ΔCE on tokens (C, T) at k' = 1, 2, 4, ... 4k active latents: lists, beside `at`, the k'.
+
+    k: default sae.k; for a ReLU autoencoder give its mean L0.
+    """
+    k = k or sae.k
+    ks = sorted({min(2**i, sae.n_latents) for i in range(int(math.log2(4 * k)) + 1)} | {k, min(4 * k, sae.n_latents)})
+    codes = {k_: lambda u, k_=k_: sae.encode(u, k_) for k_ in ks}
+    per = patched_losses(model, tokens, layer, site, {str(k_): with_code(sae, code) for k_, code in codes.items()}, "test-time k")
+    out = {"at": ks} | {key: [] for key in ("nmse", "nmse_se", "delta_ce", "delta_ce_se")}
+    for k_, code in codes.items():
+        found = reconstruction(sae, x, code) | mean_and_error("delta_ce", per[f"delta_{k_}"])
+        for key in out.keys() - {"at"}:
+            out[key].append(found[key])
+    return out | {"tokens": found["tokens"]}
+
+
+def encode_above(sae, u, theta):
+    """J_θ(z) = z 1(z > θ) of u (N, d) for θ >= 0, as values, indices: as wide as the busiest row needs."""
+    width = min(4 * sae.k, sae.n_latents)
+    while True:
+        values, indices = sae.encode(u, width)
+        if width == sae.n_latents or values.amin(1).max() <= theta:
+            return values * (values > theta), indices
+        width = min(2 * width, sae.n_latents)
+
+
+@torch.no_grad()
+def calibrate_threshold(sae, u):
+    """θ at which the mean L0 of J_θ on u (N, d) is k: the value that k N of the N n pre-activations exceed. Exact."""
+    width = min(4 * sae.k, sae.n_latents)
+    while True:
+        values = torch.cat([sae.encode(chunk, width)[0] for chunk in u.split(CHUNK)])
+        theta = values.flatten().kthvalue(max(1, values.numel() - sae.k * len(u))).values
+        if width == sae.n_latents or theta >= values.amin(1).max():  # no row had more above θ than it could show
+            return theta.item()
+        width = min(2 * width, sae.n_latents)
+
+
+def fixed_threshold(sae, train, x, model, tokens, layer, site):
+    """One threshold for all tokens in place of TopK, calibrated on `train`: realised L0, NMSE, ΔCE on the held-out x (both (contexts, T, d))."""
+    theta = calibrate_threshold(sae, unit(sae, train.flatten(0, 1)))
+    code = lambda u: encode_above(sae, u, theta)
+    per = patched_losses(model, tokens, layer, site, {"theta": with_code(sae, code)}, "fixed threshold")
+    return {"theta": theta} | reconstruction(sae, x, code) | mean_and_error("delta_ce", per["delta_theta"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Probe loss, section 4.2: how well does the best single latent tell a known feature?
+
+
+def logistic_loss(t, sign):
+    """-log σ of the margins sign * t, averaged over the first dimension."""
+    return F.softplus(-sign * t).mean(0)
+
+
+@torch.no_grad()
+def newton_logistic(z, y, steps=100, tol=1e-9):
+    """The m one-dimensional logistic regressions of y (N) in {0, 1} on the columns of z (N, m), all at once, by Newton's method.
+
+    Returns (loss (m), w (m), b (m)): mean nats, and the probe σ(w z + b) in the units of z. Within 1e-6 of the optimum; on separable
+    columns, where that is 0 at infinity, w and b are finite. Constant columns give w = 0. Raises ValueError unless y has both classes.
+    """
+    z = z if z.dtype == torch.float64 else z.float()
+    y = y.to(z)
+    if not 0 < y.mean() < 1:
+        raise ValueError("a probe needs examples of both classes")
+    sign = (2 * y - 1)[:, None]
+    center = z.median(0).values  # not the mean: one huge value must not swallow the others' digits
+    x = z - center
+    scale = x.square().mean(0).sqrt()
+    constant = scale == 0
+    x = x / torch.where(constant, 1.0, scale)
+    w, b = torch.zeros_like(scale), torch.logit(y.mean()).expand_as(scale).clone()
+    loss = logistic_loss(x * w + b, sign)
+    for _ in range(steps):
+        p = torch.sigmoid(-sign * (x * w + b))  # (N, m), the probability of being wrong
+        g, h = -sign * p, p * (1 - p)
+        # In coordinates centred by the weights h the 2 x 2 Hessian is diagonal.
+        c = (h * x).mean(0) / h.mean(0).clamp_min(1e-30)
+        x_c = x - c
+        g_w, g_b, h_w, h_b = (g * x_c).mean(0), g.mean(0), (h * x_c.square()).mean(0), h.mean(0)
+        d_w, d_b = g_w / h_w.clamp_min(1e-30), g_b / h_b.clamp_min(1e-30)
+        d_w = torch.where(constant, 0.0, d_w)
+        decrement = g_w * d_w + g_b * d_b  # twice the gain a quadratic would promise
+        active = decrement > tol
+        if not active.any():
+            break
+        step = active.to(z)  # halved where the loss does not fall enough
+        for _ in range(40):
+            new_w, new_b = w - step * d_w, b - step * (d_b - c * d_w)
+            new = logistic_loss(x * new_w + new_b, sign)
+            worse = active & ~(new <= loss - 0.1 * step * decrement)
+            if not worse.any():
+                break
+            step = torch.where(worse, step / 2, step)
+        better = new < loss
+        w, b, loss = torch.where(better, new_w, w), torch.where(better, new_b, b), torch.where(better, new, loss)
+        if not better.any():  # down to rounding
+            break
+    w = w / torch.where(constant, 1.0, scale)
+    return loss, w, b - w * center
+
+
+@torch.no_grad()
+def probes(sae, tasks, seed=0):
+    """tasks: yields (name, x (N, d) raw activations, u (N, d) the same as the autoencoder sees them, y (N) in {0, 1}).
+
+    For each task the latent with the best probe (on pre-activations) is chosen on one half of the examples. Its probe loss there
+    ("loss", the paper's, optimistic as a minimum over n) and on the other half ("held_out") is reported; channels of x likewise, and
+    always predicting the share of positives ("majority"). Means over tasks, with standard errors over tasks; `per_task` has each.
+    """
+    per_task = {}
+    for name, x, u, y in tasks:
+        gen = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(y), generator=gen)
+        order = order[y.cpu()[order].sort(stable=True).indices]  # shuffled within each class
+        fit, rest = order[::2].to(u.device), order[1::2].to(u.device)
+        result = {"examples": len(y), "positive": y.float().mean().item()}
+        v = u - sae.b_pre
+        kinds = {"latent": (sae.n_latents, lambda s: F.linear(v, sae.W_enc[s], sae.b_enc[s])), "channel": (x.shape[1], lambda s: x[:, s])}
+        for kind, (width, features) in kinds.items():
+            best, m = (math.inf,), max(1, 2**21 // len(fit))
+            for start in range(0, width, m):
+                z = features(slice(start, start + m)).float()
+                loss, i = newton_logistic(z[fit], y[fit])[0].min(0)
+                if loss < best[0]:
+                    best = loss.item(), newton_logistic(z[rest, i : i + 1], y[rest])[0].item(), start + int(i)
+            result[kind] = dict(zip(("loss", "held_out", "index"), best))
+        result["majority"] = logistic_loss(torch.logit(y[fit].float().mean()), 2 * y[rest] - 1.0).item()
+        per_task[name] = result
+    if not per_task:
+        raise UserError("no probe task has enough examples here; evaluate on more --tokens")
+    out = {}
+    for kind, prefix in (("latent", ""), ("channel", "channel_")):
+        for key in ("loss", "held_out"):
+            out |= mean_and_error(prefix + key, [t[kind][key] for t in per_task.values()])
+    return out | mean_and_error("majority", [t["majority"] for t in per_task.values()]) | {"tasks": len(per_task), "per_task": per_task}
+
+
+def token_labels(tokens, encoding, phrases=4):
+    """Built-in tasks on tokens (C, T): name -> labels (C, T), 1 or 0, or -1 where the task does not ask. They need no download.
+
+    Spelling of the token, its place, and `phrases` of the form "is this the second word of a frequent two-word phrase?", asked at
+    all occurrences of that word.
+    """
+    words = [encoding.decode_single_token_bytes(i).decode("utf-8", "replace") for i in range(encoding.n_vocab)]
+    bare = [w.strip() for w in words]
+    spelling = {
+        "leading space": [w.startswith(" ") for w in words],
+        "contains a digit": [any(c.isdigit() for c in w) for w in words],
+        "all digits": [w.isdigit() for w in bare],
+        "leading capital": [w[:1].isupper() for w in bare],
+        "all capitals": [len(w) > 1 and w.isalpha() and w.isupper() for w in bare],
+        "no alphanumeric": [not any(c.isalnum() for c in w) for w in words],
+    }
+    C, T = tokens.shape
+    labels = {name: torch.tensor(of)[tokens].long() for name, of in spelling.items()}
+    if labels["all digits"].equal(labels["contains a digit"]):  # a vocabulary that never mixes digits with others
+        del labels["all digits"]
+    labels["first half of the context"] = (torch.arange(T) < T // 2).long().expand(C, T)
+    before = torch.cat([torch.full((C, 1), -1), tokens[:, :-1]], 1)
+    labels["follows a newline"] = torch.where(before >= 0, torch.tensor(["\n" in w for w in words])[before].long(), -1)
+    alphabetic = torch.tensor([w.isalpha() and len(w) > 1 for w in bare])
+    both = alphabetic[tokens] & alphabetic[before] & (before >= 0)
+    pairs, counts = (before * len(words) + tokens)[both].unique(return_counts=True)
+    uses, found, total = torch.bincount(tokens[:, 1:].flatten(), minlength=len(words)), set(), counts.sum()
+    for i in counts.argsort(descending=True, stable=True).tolist():
+        first, second = divmod(pairs[i].item(), len(words))
+        if len(found) == phrases or counts[i] * 2000 < total:
+            break
+        if second not in found and counts[i] <= 0.8 * uses[second]:  # a word that is also met elsewhere
+            found.add(second)
+            here = (tokens == second) & (before >= 0)
+            labels[f"phrase {words[first].strip()} {bare[second]}"] = torch.where(here, (before == first).long(), -1)
+    return labels
+
+
+def token_tasks(sae, x, tokens, encoding, most=2048, least=64, seed=0):
+    """Yield for `probes` the built-in tasks on activations x (C, T, d) of tokens (C, T): as many positive as negative examples,
+    at most `most` of each; tasks with fewer than `least` of each are left out."""
+    flat = x.flatten(0, 1)
+    for name, y in token_labels(tokens.cpu(), encoding).items():
+        gen = torch.Generator().manual_seed(seed)
+        sides = [(y.flatten() == value).nonzero().flatten() for value in (0, 1)]
+        size = min(most, *map(len, sides))
+        if size >= least:
+            chosen = torch.cat([side[torch.randperm(len(side), generator=gen)[:size]] for side in sides])
+            some = flat[chosen.to(flat.device)].to(sae.W_dec)
+            yield name, some, unit(sae, some), y.flatten()[chosen].to(some.device)
+
+
+def read_tasks(folder):
+    """Folder of NAME.jsonl with {"text": ..., "label": 0 or 1} -> {NAME: (texts, labels)}. Raises UserError naming file and line."""
+    files = sorted(Path(folder).glob("*.jsonl"))
+    if not files:
+        raise UserError(f'{folder} holds no NAME.jsonl; each line of one is {{"text": "...", "label": 0 or 1}}')
+    tasks = {}
+    for file in files:
+        texts, labels = [], []
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                text, label = row["text"].strip() and row["text"], row["label"]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f'{file}, line {number}: not {{"text": "...", "label": 0 or 1}}') from None
+            if not text or label not in (0, 1):
+                raise UserError(f"{file}, line {number}: " + ("the text is empty" if not text else f"the label is {label!r}, not 0 or 1"))
+            texts.append(text)
+            labels.append(int(label))
+        if min(labels.count(0), labels.count(1)) < 2:
+            raise UserError(f"{file}: {labels.count(0)} examples of class 0 and {labels.count(1)} of class 1; a probe needs at least two of each")
+        tasks[file.stem] = texts, labels
+    return tasks
+
+
+@torch.no_grad()
+def text_tasks(sae, model, encoding, tasks, layer, site, length=64, batch=256):
+    """Yield for `probes` tasks on whole texts: each text's features are means over its tokens, read in contexts of `length`.
+
+    Pre-activations are linear, so their mean over a text is the pre-activation of the mean input.
+    """
+    for name, (texts, labels) in tasks.items():
+        rows = [(i, ids[j : j + length]) for i, ids in enumerate(encoding.encode_ordinary_batch(texts)) for j in range(0, len(ids), length)]
+        rows.sort(key=lambda row: len(row[1]))
+        x = torch.zeros(len(texts), sae.d_model, device=model.device, dtype=sae.W_dec.dtype)
+        u, count = torch.zeros_like(x), torch.zeros_like(x[:, :1])
+        progress = Progress(len(rows), f"probes {name}", " contexts")
+        for start in range(0, len(rows), batch):
+            owners, ids = zip(*rows[start : start + batch])
+            tokens, lengths = pad_right(ids)
+            acts = harvest.activations(model, tokens, layer, site).to(x)
+            here = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+            owner = torch.tensor(owners).repeat_interleave(lengths).to(x.device)
+            acts = acts[here.to(x.device)]
+            x.index_add_(0, owner, acts)
+            u.index_add_(0, owner, unit(sae, acts))
+            count.index_add_(0, owner, torch.ones_like(acts[:, :1]))
+            progress(start + len(ids))
+        progress.finish()
+        yield name, x / count, u / count, torch.tensor(labels, device=x.device)
+
+
+def pad_right(sequences):
+    """Token-id sequences of various lengths -> (tokens (B, longest), lengths (B)). A causal model does not see what is on the right."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    tokens[torch.arange(tokens.shape[1])[None] < lengths[:, None]] = torch.tensor([t for s in sequences for t in s])
+    return tokens, lengths
+
+
+# --------------------------------------------------------------------------------------------------
+# Explanations by Neuron2Graph (Foote et al. 2023), section 4.3.
+
+WILDCARD, START, END = -1, -2, -3  # any token; nothing before; not a token but the activation of a pattern that is complete
+
+
+class N2G:
+    """An explanation of one latent: n-gram patterns with wildcards, in a trie read from the last token backwards.
+
+    patterns: list of (token ids, activation), where an id may be WILDCARD, and the first one START.
+    """
+
+    def __init__(self, patterns):
+        acts = defaultdict(list)
+        for pattern, act in patterns:
+            acts[tuple(pattern)].append(act)
+        self.patterns = [(pattern, float(np.mean(a))) for pattern, a in acts.items()]
+        self.trie = {}
+        for pattern, act in self.patterns:
+            node = self.trie
+            for token in reversed(pattern):
+                node = node.setdefault(token, {})
+            node[END] = act
+
+    @classmethod
+    def build(cls, acts_fn, examples, pad):
+        """examples: list of (token ids, index of the activation). acts_fn: list of token-id lists -> list of lists of activations."""
+        work = {i: find_pattern(list(tokens[: at + 1]), pad) for i, (tokens, at) in enumerate(examples)}
+        found = run_together(work, lambda asked: [acts[-1] for acts in acts_fn([tokens for _, tokens in asked])])
+        return cls([pattern for pattern in found.values() if pattern])
+
+    def at(self, tokens, t):
+        """The activation predicted at position t: of the longest pattern that ends there, exact tokens before wildcards; else 0.
+
+        Unlike the released code this backtracks: where an exact token leads to a dead end, a wildcard beside it is still tried.
+        """
+        stack = [(self.trie, t)]
+        while stack:
+            node, t = stack.pop()
+            if isinstance(node, float):
+                return node
+            for key in (END, WILDCARD, tokens[t]) if t >= 0 else (END, START):  # the last one pushed is tried first
+                if key in node:
+                    stack.append((node[key], t - 1))
+        return 0.0
+
+    def predict(self, tokens):
+        """token ids -> predicted activations, one per position."""
+        tokens = [int(t) for t in tokens]
+        return [self.at(tokens, t) for t in range(len(tokens))]
+
+    def readable(self, encoding):
+        """The patterns as text, strongest first: ^ for the start of the context, * for any token."""
+        show = lambda t: {WILDCARD: "*", START: "^"}.get(t) or json.dumps(encoding.decode([t]), ensure_ascii=False)
+        return [f"{' '.join(map(show, pattern))}  ({act:.3f})" for pattern, act in sorted(self.patterns, key=lambda p: -p[1])]
+
+
+def find_pattern(tokens, pad):
+    """One example, cut after the token it fires on, as a generator: yields lists of token-id lists, is sent the latent's activation
+    on the last token of each, and returns (pattern, activation), or None where the latent turns out not to fire."""
+    (full,) = yield [tokens]
+    if full <= 0:
+        return None
+    # The shortest suffix with half the activation; lengths are asked for in groups: 1, 2-3, 4-7, ...
+    length, act, n = len(tokens), full, 1
+    while n < len(tokens):
+        group = range(n, min(2 * n, len(tokens)))
+        acts = yield [tokens[-m:] for m in group]
+        if strong := [(m, a) for m, a in zip(group, acts) if a >= 0.5 * full]:
+            length, act = strong[0]
+            break
+        n *= 2
+    suffix = tokens[-length:]
+    # With padding before it: is it bound to the start? With padding in place of each token: does that token matter?
+    before, *without = yield [[pad, *suffix]] + [[*suffix[:j], pad, *suffix[j + 1 :]] for j in range(length)]
+    # The padding token itself cannot be tested this way, so it stays.
+    pattern = [WILDCARD if t != pad and 1 - a / act < 0.5 else t for t, a in zip(suffix, without)]
+    return ([START] if before < 0.5 * full else []) + pattern, act
+
+
+def run_together(generators, ask):
+    """Run many generators at once, so that their questions reach the model in full batches. -> {key: what each returned}
+
+    generators: {key: generator that yields lists of questions}; ask: list of (key, question) -> list of answers.
+    """
+    results, waiting = {}, {key: next(g) for key, g in generators.items()}
+    while waiting:
+        answers = iter(ask([(key, q) for key, questions in waiting.items() for q in questions]))
+        for key, questions in list(waiting.items()):
+            try:
+                waiting[key] = generators[key].send([next(answers) for _ in questions])
+            except StopIteration as done:
+                results[key] = done.value
+                del waiting[key]
+    return results
+
+
+@torch.no_grad()
+def last_token_acts(sae, model, layer, site, asked, batch_tokens):
+    """asked: list of ((latent, example), token ids) -> the latent's activation on each one's last token, a list of floats.
+
+    Equal questions of different latents are run through the model once.
+    """
+    rows = {}
+    for _, tokens in asked:
+        rows.setdefault(tuple(tokens), len(rows))
+    order = sorted(rows, key=len)
+    codes, start = [], 0
+    while start < len(order):
+        count = max(1, batch_tokens // len(order[min(start + batch_tokens // len(order[start]), len(order)) - 1]))
+        tokens, lengths = pad_right(order[start : start + count])
+        acts = harvest.activations(model, tokens, layer, site, len(tokens))
+        codes.append([c.cpu() for c in sae.encode(unit(sae, acts[torch.arange(len(tokens)), lengths - 1]))])
+        start += count
+    width = max(values.shape[1] for values, _ in codes)
+    values, indices = (torch.cat([F.pad(c, (0, width - c.shape[1])) for c in part]) for part in zip(*codes))
+    place = {tokens: i for i, tokens in enumerate(order)}
+    row = torch.tensor([place[tuple(tokens)] for _, tokens in asked])
+    latent = torch.tensor([key[0] for key, _ in asked])[:, None]
+    return torch.cat([(values[r] * (indices[r] == i)).sum(1) for r, i in zip(row.split(2**16), latent.split(2**16))]).tolist()
+
+
+@torch.no_grad()
+def active_pairs(sae, x):
+    """Raw activations x (N, d) -> (latent, token, value), each (P), of all P pairs where a latent is active; sorted by latent, then token."""
+    parts = []
+    for start in range(0, len(x), CHUNK):
+        values, indices = sae.encode(unit(sae, x[start : start + CHUNK]))
+        token, j = (values > 0).nonzero(as_tuple=True)
+        parts.append((indices[token, j], token + start, values[token, j]))
+    latent, token, value = (torch.cat(part).cpu() for part in zip(*parts))
+    order = latent.sort(stable=True).indices
+    return latent[order], token[order], value[order]
+
+
+def positives(sae, x):
+    """Raw activations x (C, T, d) -> {latent: (P) positions in the flattened C T tokens where it is active}."""
+    latent, token, _ = active_pairs(sae, x.flatten(0, 1))
+    found, counts = latent.unique_consecutive(return_counts=True)
+    return dict(zip(found.tolist(), token.split(counts.tolist())))
+
+
+def explain(sae, model, tokens, x, layer, site, pad, most=2048, examples=16, seed=0):
+    """N2G explanations {latent: N2G} of at most `most` latents (a seeded sample), from `examples` random tokens each fires on.
+
+    tokens (C, T) and their activations x (C, T, d). Latents that fire on fewer tokens than that are not explained.
+    """
+    T, where, reach = tokens.shape[1], positives(sae, x), model.config.n_ctx - 1  # one place is left for the padding
+    latents = [i for i, p in where.items() if len(p) >= examples]
+    if len(latents) > most:
+        latents = sorted(np.random.default_rng(seed).choice(latents, most, replace=False).tolist())
+    rows, jobs = tokens.tolist(), []
+    for i in latents:
+        chosen = where[i][torch.randperm(len(where[i]), generator=torch.Generator().manual_seed(seed))[:examples]]
+        jobs += [(i, int(p)) for p in chosen]
+    patterns, block = {i: [] for i in latents}, 256 * examples
+    progress = Progress(len(jobs), "n2g", " examples")
+    ask = lambda asked: last_token_acts(sae, model, layer, site, asked, 2**18 if model.device.type == "cuda" else 2**13)
+    for start in range(0, len(jobs), block):
+        some = jobs[start : start + block]
+        found = run_together({(i, p): find_pattern(rows[p // T][: p % T + 1][-reach:], pad) for i, p in some}, ask)
+        for (i, _), pattern in found.items():
+            patterns[i] += [pattern] if pattern else []
+        progress(start + len(some))
+    progress.finish()
+    return {i: N2G(p) for i, p in patterns.items()}
+
+
+def simulate(explanations, tokens):
+    """What the explanations predict on tokens (C, T) -> (latent, token, value), each (P): token numbers the flattened C T."""
+    by_last = defaultdict(list)  # only patterns that end in this token, or in a wildcard, can match
+    for i, e in explanations.items():
+        for key in e.trie:
+            by_last[key].append((i, e))
+    found, T = [], tokens.shape[1]
+    progress = Progress(len(tokens), "simulate", " contexts")
+    for c, row in enumerate(tokens.tolist()):
+        for t, token in enumerate(row):
+            candidates = by_last[token] + [(i, e) for i, e in by_last[WILDCARD] if token not in e.trie]
+            found += [(i, c * T + t, value) for i, e in candidates if (value := e.at(row, t))]
+        progress(c + 1)
+    progress.finish()
+    latent, at, value = zip(*found) if found else ((), (), ())
+    return torch.tensor(latent, dtype=torch.long), torch.tensor(at, dtype=torch.long), torch.tensor(value)
+
+
+def n2g(sae, explanations, tokens, x, contexts=512, examples=16, seed=0):
+    """Precision and recall of explanations on text they were not made from: tokens (C, T) with activations x (C, T, d).
+
+    recall: of `examples` random tokens on which the latent fires, the share where its explanation predicts it. precision: of
+    all predictions in the first `contexts` contexts, the share where the latent fires. Means over latents with standard errors
+    over latents; latents that fire on too few tokens here are skipped and counted, and latents without any prediction have no precision.
+    """
+    T, where, rows = tokens.shape[1], positives(sae, x), tokens.tolist()
+    recall = {}
+    for i, e in explanations.items():
+        if len(p := where.get(i, ())) >= examples:
+            chosen = p[torch.randperm(len(p), generator=torch.Generator().manual_seed(seed))[:examples]].tolist()
+            recall[i] = float(np.mean([e.at(rows[p // T], p % T) > 0 for p in chosen]))
+    latent, token, _ = simulate({i: explanations[i] for i in recall}, tokens[:contexts])
+    truth = torch.cat([p + i * tokens.numel() for i, p in where.items()] or [torch.empty(0, dtype=torch.long)])
+    right = torch.isin(latent * tokens.numel() + token, truth).double()
+    said = torch.zeros(sae.n_latents, dtype=torch.double).index_add_(0, latent, torch.ones_like(right))
+    hits = torch.zeros_like(said).index_add_(0, latent, right)
+    precision = {i: (hits[i] / said[i]).item() for i in recall if said[i]}
+    out = mean_and_error("precision", list(precision.values())) | mean_and_error("recall", list(recall.values()))
+    per = {i: {"recall": r, "precision": precision.get(i)} for i, r in recall.items()}
+    return out | {"latents": len(recall), "latents_with_precision": len(precision), "skipped": len(explanations) - len(recall), "per_latent": per}
+
+
+# --------------------------------------------------------------------------------------------------
+# Explanation reconstruction, section 4.4: the language model goes on with what the explanations predict.
+
+
+@torch.no_grad()
+def explanation_reconstruction(sae, model, explanations, train_tokens, train, tokens, layer, site, bigram=None):
+    """ΔCE when each latent is replaced by its explanation's prediction s, scaled by E[s a] / E[s^2] from training text (train_tokens
+    (C, T) and activations train (C, T, d)); latents without explanation are zero. tokens (C', T): where the loss is measured.
+
+    bigram: the loss of a bigram model of the same tokens, the baseline to beat.
+    """
+    n, size = sae.n_latents, train_tokens.numel()
+    latent, token, s = simulate(explanations, train_tokens)
+    actual_latent, actual_token, a = active_pairs(sae, train.flatten(0, 1))
+    keys = actual_latent * size + actual_token  # sorted
+    key = latent * size + token
+    at = torch.searchsorted(keys, key).clamp_max(max(len(keys) - 1, 0))
+    a = torch.where(keys[at] == key, a[at], 0.0) if len(keys) else torch.zeros_like(s)
+    sums = torch.zeros(2, n).index_add_(1, latent, torch.stack([s * a, s * s]))
+    scale = sums[0] / sums[1].clamp_min(1e-30)
+
+    latent, token, s = (v.to(sae.W_dec.device) for v in simulate(explanations, tokens))
+    u_hat = sae.b_pre.detach().expand(tokens.numel(), -1).clone()
+    for l, t, v in zip(latent.split(2**16), token.split(2**16), (s * scale.to(s.device)[latent]).to(u_hat).split(2**16)):
+        u_hat.index_add_(0, t, sae.W_dec[l] * v[:, None])
+    x = harvest.activations(model, tokens, layer, site).to(u_hat)
+    _, mean, norm = normalize(x) if sae.normalized else (x, 0.0, 1.0)
+    x_hat = u_hat.view(x.shape) * norm + mean
+    nothing = (sae.b_pre * norm + mean).expand_as(x)
+    per = patched_losses(model, tokens, layer, site, {"explained": x_hat, "b_pre": nothing}, "explanations")
+    out = mean_and_error("ce", per["ce_explained"]) | mean_and_error("delta_ce", per["delta_explained"]) | mean_and_error("ce_without_latents", per["ce_b_pre"])
+    out |= {"bigram": bigram} if bigram else {}
+    return out | {"explained": len(explanations), "of_latents": n, "tokens": len(tokens) * (tokens.shape[1] - 1)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Sparsity of ablation effects, section 4.5.
+
+
+def effect_sparsity(delta):
+    """Differences of logits delta (T, V) -> (L1 / L2)^2 / (V T) after subtracting the median over V at each position: the share
+    of logits that are moved. 1/(V T) for a single one, 2/π for Gaussian noise, 1 for equal sizes. Also (..., T, V) -> (...)."""
+    delta = (delta - delta.median(-1, keepdim=True).values).flatten(-2)
+    share = delta.abs().sum(-1).square() / delta.square().sum(-1) / delta.shape[-1]
+    return share if share.ndim else share.item()
+
+
+@torch.no_grad()
+def ablation_sparsity(sae, model, tokens, layer, site, T=16, samples=64, directions=32, seed=0):
+    """How many of the next T positions' logits does ablating one thing at one position move? Means with standard errors over
+    `samples` random (context, position) of tokens (C, length).
+
+    latents: each active latent's decoded contribution is taken from the original activation, so the reconstruction error stays.
+    channels: `directions` random coordinates are set to zero. random: the projections on so many random directions are taken away.
+    `_here`: the same of the first of the T positions alone, which tells sparsity over the vocabulary from sparsity over time.
+    """
+    T = min(T, tokens.shape[1])
+    rng, gen = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    found, effects = defaultdict(list), 0
+    progress = Progress(samples, "ablation", " positions")
+    for sample in range(samples):
+        row = tokens[int(rng.integers(len(tokens)))].to(model.device)
+        at = int(rng.integers(len(row) - T + 1))
+        row = row[None, : at + T]
+        clean = model(row)[0, at:]
+        act = model.acts(row, layer, site)[0, at].to(sae.W_dec)
+        u, _, norm = normalize(act[None]) if sae.normalized else (act[None], 0.0, 1.0)
+        values, indices = (c[0] for c in sae.encode(u))
+        values, indices = values[values > 0], indices[values > 0]
+        some = torch.randperm(len(act), generator=gen)[:directions].to(act.device)
+        lines = F.normalize(torch.randn(directions, len(act), generator=gen), dim=1).to(act)
+        parts = {"latents": sae.W_dec[indices] * values[:, None] * norm,
+                 "channels": F.one_hot(some, len(act)).to(act) * act[some, None],
+                 "random": lines * (lines @ act)[:, None]}  # fmt: skip
+        for name, part in parts.items():
+            shares = []
+            for some in part.split(max(1, 2**25 // (model.config.n_vocab * row.shape[1]))):
+
+                def edit(a, some=some):
+                    return torch.cat([a[:, :at], (a[:, at] - some.to(a))[:, None], a[:, at + 1 :]], 1)
+
+                delta = model(row.expand(len(some), -1), layer, site, edit)[:, at:] - clean
+                shares.append(torch.stack([effect_sparsity(delta), effect_sparsity(delta[:, :1])], 1))
+            shares = torch.cat(shares or [part.new_empty(0, 2)])
+            shares = shares[shares.isfinite().all(1)].double()  # an effect of exactly nothing has no sparsity
+            if len(shares):
+                found[name].append(shares[:, 0].mean().item()), found[name + "_here"].append(shares[:, 1].mean().item())
+            effects += len(shares) if name == "latents" else 0
+        progress(sample + 1)
+    progress.finish()
+    out = {}
+    for name, shares in found.items():
+        out |= mean_and_error(name, shares)
+    return out | {"samples": samples, "ablations": effects}
+
+
+# --------------------------------------------------------------------------------------------------
+# Shrinkage, section 5.1: with decoder and support fixed, do the best activations differ from those of the encoder?
+
+
+def nnls(G, h, sweeps=200):
+    """Batched non-negative least squares: argmin over z >= 0 of z'Gz / 2 - h'z, G (B, k, k) positive definite, h (B, k) -> z (B, k).
+
+    Block principal pivoting (Kim and Park 2011): all coordinates of the wrong sign change sides at once; where that stops
+    helping, only the last of them, which is sure to end. Rows that are not done after `sweeps` are clamped at zero.
+    """
+    eye, tol = torch.eye(h.shape[1]).to(h), 1e-10 * (1 + h.abs().amax(1, keepdim=True))
+    free = h > 0
+    z = torch.zeros_like(h)
+    left, fewest, patience = torch.arange(len(h), device=h.device), torch.full((len(h),), h.shape[1] + 1, device=h.device), torch.full((len(h),), 3, device=h.device)
+    for _ in range(sweeps):
+        F_, G_, h_ = free[left], G[left], h[left]
+        z_ = torch.linalg.solve(torch.where(F_[:, :, None] & F_[:, None, :], G_, eye), (h_ * F_)[:, :, None])[:, :, 0]
+        wrong = torch.where(F_, z_ < -tol[left], (G_ @ z_[:, :, None])[:, :, 0] - h_ < -tol[left])
+        z[left] = z_.clamp_min(0)
+        count = wrong.sum(1)
+        improved = count < fewest[left]
+        fewest[left] = torch.minimum(count, fewest[left])
+        patience[left] = torch.where(improved, 3, patience[left] - 1)
+        last = wrong & (wrong.flip(1).cumsum(1).flip(1) == 1)
+        free[left] = F_ ^ torch.where((patience[left] > 0)[:, None], wrong, last)
+        left = left[count > 0]
+        if not len(left):
+            break
+    return z
+
+
+@torch.no_grad()
+def refinement(sae, x, ridge=1e-9):
+    """Refit the active values of each token of x (contexts, T, d), z >= 0, decoder and support fixed, exactly.
+
+    ratio: sum of the refined activations over the sum of the original ones, per context (1: no shrinkage; above: shrunk);
+    ratio_median: the median over activations of refined / original; nmse and nmse_refined. The tiny ridge, towards the original
+    values, only decides where the active decoder rows are linearly dependent.
+    """
+    before, after, original, refined, ratios, total, square = [], [], [], [], [], 0.0, 0.0
+    W, progress, N = sae.W_dec.detach().double(), Progress(len(x), "refinement", " contexts"), x.shape[0] * x.shape[1]
+    for done, context in enumerate(x.split(max(1, 1024 // x.shape[1]))):
+        u = unit(sae, context.flatten(0, 1))
+        values, indices = sae.encode(u)
+        v, z = (u - sae.b_pre).double(), values.double()
+        rows = max(1, 2**22 // (z.shape[1] * (z.shape[1] + sae.d_model)))
+        new = []
+        for v_, z_, i in zip(v.split(rows), z.split(rows), indices.split(rows)):
+            W_, on = W[i], z_ > 0  # (rows, k, d)
+            G = (W_ @ W_.mT) * (on[:, :, None] & on[:, None, :]) + torch.diag_embed(ridge + (~on).double())
+            new.append(nnls(G, ((W_ @ v_[:, :, None])[:, :, 0] + ridge * z_) * on))
+            for code, out in ((z_, before), (new[-1], after)):
+                out.append((v_ - (code[:, None] @ W_)[:, 0]).square().sum(1))
+        new = torch.cat(new)
+        original.append(z.sum(1)), refined.append(new.sum(1)), ratios.append((new / z)[z > 0])
+        total, square = total + u.sum(0).double(), square + u.square().sum().double()
+        progress(min(len(x), (done + 1) * max(1, 1024 // x.shape[1])))
+    progress.finish()
+    variance = (square / N - (total / N).square().sum()).clamp_min(1e-30)
+    before, after, original, refined = (torch.cat(v).view(x.shape[:2]).mean(1) for v in (before, after, original, refined))
+    ratios = torch.cat(ratios)
+    out = mean_and_error("ratio", refined / original) | {"ratio_median": ratios.median().item(), "ratio_mean": ratios.mean().item()}
+    out |= mean_and_error("nmse", before / variance) | mean_and_error("nmse_refined", after / variance)
+    return out | mean_and_error("gain", (before - after) / before) | {"tokens": N}
+
+
+# --------------------------------------------------------------------------------------------------
+# Scaling laws, section 3.
+
+
+def fit_exponentials(terms, loss, seed=0):
+    """Least squares of ln loss (R) by ln Σ_j exp(terms[j] @ θ_j), terms[j] (R, p_j): Levenberg-Marquardt from many starts, best kept.
+
+    Returns (θ concatenated, standard errors, R² of ln loss, residual sum of squares). Standard errors are nan without spare runs.
+    """
+    y, rng = np.log(loss), np.random.default_rng(seed)
+
+    def model(theta):
+        parts = np.stack([X @ t for X, t in zip(terms, np.split(theta, cuts))])  # (terms, R)
+        top = parts.max(0)
+        total = top + np.log(np.exp(parts - top).sum(0))
+        return total - y, np.concatenate([X * np.exp(p - total)[:, None] for X, p in zip(terms, parts)], 1)
+
+    cuts = np.cumsum([X.shape[1] for X in terms])[:-1]
+    best = None
+    for share in np.repeat([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98], 8) if len(terms) > 1 else [0.0]:
+        # A start: the first term explains 1 - share of what is left after a constant floor, the second is that floor.
+        floor = share * loss.min()
+        theta = [np.linalg.lstsq(terms[0], np.log(loss - floor), rcond=None)[0]]
+        theta += [np.linalg.lstsq(X, np.full(len(y), math.log(floor)), rcond=None)[0] for X in terms[1:]]
+        theta = np.concatenate(theta)
+        theta = theta + 0.1 * rng.standard_normal(len(theta)) * np.abs(theta) * (share > 0)
+        damping, (r, J) = 1e-3, model(theta)
+        for _ in range(500):
+            A = J.T @ J
+            step = np.linalg.lstsq(A + damping * np.diag(np.diag(A) + 1e-12), -J.T @ r, rcond=None)[0]
+            with np.errstate(over="ignore", invalid="ignore"):
+                r_new, J_new = model(theta + step)
+            if r_new @ r_new < r @ r:
+                gained = 1 - r_new @ r_new / (r @ r)
+                theta, r, J, damping = theta + step, r_new, J_new, max(damping / 5, 1e-15)
+                if gained < 1e-12 or r @ r < 1e-28:
+                    break
+            elif (damping := damping * 4) > 1e12:
+                break
+        if best is None or r @ r < best[1] @ best[1]:
+            best = theta, r, J
+    theta, r, J = best
+    rss, spare = float(r @ r), len(y) - len(theta)
+    errors = np.sqrt(np.diag(np.linalg.pinv(J.T @ J)) * rss / spare) if spare > 0 else np.full(len(theta), np.nan)
+    size = np.sqrt((J * J).sum(0))
+    errors[size < 1e-9 * size.max()] = np.nan  # a term that has vanished: the loss says nothing about its parameters
+    return theta, errors, 1 - rss / max(float(((y - y.mean()) ** 2).sum()), 1e-300), rss
+
+
+def fit_scaling_law(runs):
+    """L(n, k) = exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k) through runs: dicts with n_latents, k, nmse.
+
+    Returns alpha beta_k beta_n gamma zeta eta, their standard errors (`_se`), r2 (of ln L), rmse (of ln L), the same for the fit
+    without the irreducible second term (r2_without, rmse_without) and delta_aic, the evidence for it (positive: needed).
+    Raises UserError for fewer runs than parameters, or where n or k do not vary enough.
+    """
+    names = ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")
+    n, k, loss = (np.array([r[key] for r in runs], dtype=float) for key in ("n_latents", "k", "nmse"))
+    if len(runs) < len(names):
+        raise UserError(f"L(n, k) has {len(names)} parameters, and there are {len(runs)} runs; nothing is fitted")
+    if len(set(k)) < 2 or len(set(n)) < 3:
+        raise UserError(f"L(n, k) needs at least two k and three n; here are k {sorted(set(k))} and n {sorted(set(n))}; nothing is fitted")
+    one, lk, ln = np.ones(len(n)), np.log(k), np.log(n)
+    first, second = np.stack([one, lk, ln, lk * ln], 1), np.stack([one, lk], 1)
+    theta, errors, r2, rss = fit_exponentials([first, second], loss)
+    _, _, r2_without, rss_without = fit_exponentials([first], loss)
+    out = dict(zip(names, theta.tolist())) | {name + "_se": e for name, e in zip(names, errors.tolist())}
+    R = len(runs)
+    return out | {"r2": r2, "rmse": math.sqrt(rss / R), "r2_without": r2_without, "rmse_without": math.sqrt(rss_without / R),
+                  "delta_aic": R * math.log(max(rss_without, 1e-300) / max(rss, 1e-300)) - 4, "runs": R}  # fmt: skip
+
+
+def fit_power_law(x, loss):
+    """L = exp(a + b ln x) + exp(c): L(N) with x = n, L(C) with x = compute in FLOPs. -> a, b, floor = exp(c), errors, r2, r2_without.
+
+    Raises UserError for fewer points than parameters.
+    """
+    if len(set(x)) < 3:
+        raise UserError(f"a power law with a floor has 3 parameters, and there are {len(set(x))} points; nothing is fitted")
+    one, lx, loss = np.ones(len(x)), np.log(np.array(x, dtype=float)), np.array(loss, dtype=float)
+    theta, errors, r2, rss = fit_exponentials([np.stack([one, lx], 1), one[:, None]], loss)
+    floor = math.exp(theta[2])
+    _, _, r2_without, rss_without = fit_exponentials([np.stack([one, lx], 1)], loss)
+    return {"a": theta[0], "a_se": errors[0], "b": theta[1], "b_se": errors[1], "floor": floor, "floor_se": floor * errors[2], "r2": r2, "r2_without": r2_without, "runs": len(x)}  # fmt: skip
+
+
+def read_runs(paths):
+    """Run directories -> list of dicts: n_latents, k, nmse, d, where, and `curve`, (FLOPs, held-out NMSE) during training."""
+    runs = []
+    for path in map(Path, paths):
+        if not (path / "sae.pt").exists():
+            print(f"  {path}: no finished run, left out", file=sys.stderr)
+            continue
+        own = load_file(path / "sae.pt").get("sae", {})
+        meta, config = own.get("meta", {}), own.get("meta", {}).get("config", {})
+        score = min(meta.get("nmse", {}).values(), default=math.nan)
+        if config.get("l1") or config.get("multi_topk") or not math.isfinite(score):
+            print(f"  {path}: {'has no held-out NMSE' if not math.isfinite(score) else 'not a plain TopK run'}, left out", file=sys.stderr)
+            continue
+        flops = 6 * own["d_model"] * own["n_latents"]  # a token, dense (section 7 of the paper's appendix counts so)
+        lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] if (path / "log.jsonl").exists() else []
+        curve = [(flops * line["tokens"], line["val_nmse"]) for line in lines if "val_nmse" in line]
+        where = {name: meta.get(name) for name in ("model", "layer", "site", "text")}
+        runs.append({"path": str(path), "n_latents": own["n_latents"], "k": own["k"], "nmse": score, "where": where, "curve": curve, "tokens": meta["tokens"]})
+    if any(run["where"] != runs[0]["where"] for run in runs):
+        raise UserError("these runs are of different models, layers, sites or texts; fit one kind at a time: " + "; ".join(sorted({str(r["where"]) for r in runs})))
+    return runs
+
+
+def fit_main(paths):
+    """`--fit`: L(n, k) through all runs, then L(N) and L(C) at the k with the most n."""
+    runs = read_runs(paths)
+    out = {"runs": [{key: run[key] for key in ("path", "n_latents", "k", "tokens", "nmse")} for run in runs]}
+    for run in sorted(runs, key=lambda r: (r["k"], r["n_latents"])):
+        print(f"  n {run['n_latents']:>8}  k {run['k']:>4}  {run['tokens']:>13,} tokens  NMSE {run['nmse']:.4f}")
+    pm = lambda fit, name: f"{fit[name]:.4g} ± {fit[name + '_se']:.2g}"
+    try:
+        fit = out["L(n, k)"] = fit_scaling_law(runs)
+        print("L(n, k) = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)")
+        print("  " + ", ".join(f"{name} {pm(fit, name)}" for name in ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")))
+        print(f"  R² of ln L {fit['r2']:.5f}, rms error {fit['rmse']:.3%}; without the irreducible term {fit['r2_without']:.5f}, {fit['rmse_without']:.3%}; ΔAIC {fit['delta_aic']:.1f} in its favour; {fit['runs']} runs")
+    except UserError as e:
+        print(f"L(n, k): {e}")
+    k = max({r["k"] for r in runs}, key=lambda k: (len({r["n_latents"] for r in runs if r["k"] == k}), k), default=0)
+    same = [r for r in runs if r["k"] == k]
+    frontier, least = [], math.inf
+    for flops, nmse in sorted(point for r in same for point in r["curve"]):
+        if nmse < least:
+            frontier, least = [*frontier, (flops, nmse)], nmse
+    for name, points in (("L(N)", [(r["n_latents"], r["nmse"]) for r in same]), ("L(C)", frontier)):
+        try:
+            fit = out[f"{name}, k = {k}"] = fit_power_law(*zip(*points)) if points else fit_power_law((), ())
+            print(f"{name} at k = {k}: exp({pm(fit, 'a')}) x^({pm(fit, 'b')}) + {pm(fit, 'floor')}; R² {fit['r2']:.5f}, without the floor {fit['r2_without']:.5f}; {fit['runs']} points")
+        except UserError as e:
+            print(f"{name} at k = {k}: {e}")
+    return out
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
 
+QUICK = ("reconstruction", "memorization", "density", "dense_latents", "positions", "downstream")
+SLOW = ("refinement", "test_time_k", "fixed_threshold", "probes", "n2g", "explanation_reconstruction", "ablation_sparsity")
+
 ROWS = [  # metric, key, what the table says, unit
-    ("held_out", "nmse", "NMSE, held-out", ""),
-    ("train", "nmse", "NMSE, training text", ""),
-    ("held_out", "l0", "L0", "latents/token"),
-    ("held_out", "norm_ratio", "norm of reconstruction / input", ""),
+    ("reconstruction", "nmse", "NMSE, held-out", ""),
+    ("reconstruction", "l0", "L0", "latents/token"),
+    ("reconstruction", "norm_ratio", "norm of reconstruction / input", ""),
+    ("memorization", "nmse_train", "NMSE, training text", ""),
+    ("memorization", "gap", "held-out less training NMSE", ""),
     ("density", "silent", "latents silent on held-out text", "of n"),
     ("density", "rare", "latents firing on < 1e-4 of tokens", "of n"),
     ("density", "densest", "densest latent", "of tokens"),
+    ("positions", "nmse_first", "NMSE, first position", ""),
+    ("positions", "nmse_later", "NMSE, later positions", ""),
+    ("positions", "norm_first", "norm of the input, first position", ""),
+    ("positions", "norm_later", "norm of the input, later positions", ""),
     ("downstream", "ce", "CE of the model itself", "nats/token"),
     ("downstream", "ce_sae", "CE with the reconstruction", "nats/token"),
     ("downstream", "delta_ce", "ΔCE", "nats/token"),
@@ -164,18 +1039,55 @@ ROWS = [  # metric, key, what the table says, unit
     ("downstream", "recovered_mean", "loss recovered against mean ablation", ""),
     ("downstream", "recovered_zero", "loss recovered against zero ablation", ""),
     ("downstream", "compute_equivalent", "compute-equivalent", "of training"),
+    ("refinement", "ratio", "refined / original activations", ""),
+    ("refinement", "ratio_median", "the same, median of single ones", ""),
+    ("refinement", "nmse_refined", "NMSE after refinement", ""),
+    ("refinement", "gain", "share of the error that it removes", ""),
+    ("test_time_k", "nmse", "NMSE at k' = {}", ""),
+    ("test_time_k", "delta_ce", "ΔCE at k' = {}", "nats/token"),
+    ("fixed_threshold", "l0", "L0 at a fixed threshold", "latents/token"),
+    ("fixed_threshold", "nmse", "NMSE at a fixed threshold", ""),
+    ("fixed_threshold", "delta_ce", "ΔCE at a fixed threshold", "nats/token"),
+    ("probes", "held_out", "probe loss, best latent, held-out half", "nats"),
+    ("probes", "loss", "probe loss, best latent, selection half", "nats"),
+    ("probes", "channel_held_out", "probe loss, best channel, held-out half", "nats"),
+    ("probes", "majority", "probe loss, majority", "nats"),
+    ("n2g", "recall", "N2G recall", ""),
+    ("n2g", "precision", "N2G precision", ""),
+    ("explanation_reconstruction", "ce", "CE of the explanations", "nats/token"),
+    ("explanation_reconstruction", "delta_ce", "ΔCE of the explanations", "nats/token"),
+    ("explanation_reconstruction", "ce_without_latents", "CE with no latent at all", "nats/token"),
+    ("explanation_reconstruction", "bigram", "CE of a bigram model", "nats/token"),
+    ("ablation_sparsity", "latents", "logits moved by ablating a latent", "of V T"),
+    ("ablation_sparsity", "channels", "the same, a channel", "of V T"),
+    ("ablation_sparsity", "random", "the same, a random direction", "of V T"),
+    ("ablation_sparsity", "latents_here", "at its own position alone, a latent", "of V"),
+    ("ablation_sparsity", "channels_here", "the same, a channel", "of V"),
+    ("ablation_sparsity", "random_here", "the same, a random direction", "of V"),
 ]
 
 
-def table(results):
-    """Results (dict of the metrics' dicts) -> the lines of a table: value, standard error, unit, sample size."""
-    lines = [results["about"]]
-    for metric, key, label, unit_ in ROWS:
-        if metric in results and key in results[metric]:
-            r = results[metric]
-            value = f"{r[key]:10.4f}" if r[key] is not None else f"         -  ({r[key + '_why']})"
-            error = f" ± {r[key + '_se']:.4f}" if math.isfinite(r.get(key + "_se", math.nan)) else ""
-            lines.append(f"  {label:<38}{value}{error:<10} {unit_:<14} {r['tokens']:>9,} tokens")
+def table(metric, result):
+    """One metric's result (dict) -> lines of the table: value, standard error, unit, sample size."""
+    lines = []
+    size = next((f"{result[of]:>9,} {of}" for of in ("tokens", "contexts", "tasks", "ablations", "latents") if of in result), "")
+    for key, label, unit_ in (row[1:] for row in ROWS if row[0] == metric and row[1] in result):
+        several = isinstance(result[key], list)
+        values, errors = (result.get(name) if several else [result.get(name)] for name in (key, key + "_se"))
+        for at, value, error in zip(result["at"] if several else [""], values, errors):
+            value = f"{value:10.4f}" if value is not None else f"         -  ({result[key + '_why']})"
+            error = f" ± {error:.4f}" if error is not None and math.isfinite(error) else ""
+            lines.append(f"  {label.format(at):<40}{value}{error:<10} {unit_:<14} {size}".rstrip())
+    if metric == "n2g":
+        lines.append(f"    skipped, too few positives: {result['skipped']} of {result['explained']} explained; too few to explain: {result['unexplained']} latents")
+        lines += [f"    latent {i}: {'  '.join(text)}" for i, text in result["samples"].items()]
+    if metric == "explanation_reconstruction":
+        lines.append(f"    {result['explained']} of {result['of_latents']} latents explained, the others are zero")
+    if metric == "dense_latents":
+        lines += ["    latent {latent}: fires on {density:.1%}; correlation with position {position:+.2f}, first token {first_token:+.2f}, repetition {repetition:+.2f}".format(**r)
+                  for r in result["densest"][:5]]  # fmt: skip
+    if metric == "probes":
+        lines += [f"    {name:<28} latent {t['latent']['held_out']:.4f}  channel {t['channel']['held_out']:.4f}  majority {t['majority']:.4f}" for name, t in result["per_task"].items()]
     return lines
 
 
@@ -191,27 +1103,45 @@ def load(path, device):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", help="a directory under runs/, or a file: sae.pt or one of OpenAI's autoencoders")
+    p.add_argument("runs", nargs="+", help="directories under runs/, or files: sae.pt or one of OpenAI's autoencoders")
+    p.add_argument("--all", action="store_true", help="every metric, not only the quick ones")
+    p.add_argument("--only", default="", help=f"just these, separated by commas: {','.join(QUICK + SLOW)}")
+    p.add_argument("--fit", action="store_true", help="fit the scaling laws through the runs, and nothing else")
+    p.add_argument("--probes", help='folder of NAME.jsonl with {"text": ..., "label": 0|1}: probe these instead of the built-in token tasks')
     p.add_argument("--acts", help="harvested activations; default: those it was trained on, else text is run through --model")
     p.add_argument("--model", help="subject model where there are no harvested activations (default: the one it was trained on)")
     p.add_argument("--layer", type=int, help="default: the one it was trained on, else two thirds of the depth")
     p.add_argument("--site", help=f"default: the one it was trained on, else resid_post_mlp; one of {', '.join(SITES)}")
     p.add_argument("--text", help="text where there are no harvested activations (default: what the model was trained on)")
-    p.add_argument("--tokens", type=int, default=0, help="held-out tokens for NMSE and density; 0: 2^18 on CUDA, 2^16 on CPU")
-    p.add_argument("--contexts", type=int, default=0, help="held-out contexts for the downstream loss; 0: 2048 on CUDA, 512 on CPU")
+    p.add_argument("--tokens", type=int, default=0, help="tokens for NMSE, density, probes, N2G; 0: 2^18 on CUDA, 2^16 on CPU")
+    p.add_argument("--contexts", type=int, default=0, help="held-out contexts for downstream losses; 0: 2048 on CUDA, 512 on CPU")
+    p.add_argument("--latents", type=int, default=2048, help="most latents that N2G explains (default: 2048)")
     p.add_argument("--device", default="", help="cuda or cpu; default: cuda if there")
-    p.add_argument("--again", action="store_true", help="compute everything anew")
+    p.add_argument("--again", action="store_true", help="compute anew what is asked for")
     p.add_argument("--json", action="store_true", help="print JSON instead of the table")
     a = p.parse_args(argv)
     keep_heap()
+    if a.fit:
+        out = fit_main(a.runs)
+        return print(json.dumps(out, indent=1)) if a.json else None
+    wanted = a.only.split(",") if a.only else QUICK + SLOW * a.all
+    if unknown := [name for name in wanted if name not in QUICK + SLOW]:
+        raise UserError(f"no metric {', '.join(unknown)}; choose among {', '.join(QUICK + SLOW)}")
+    for run in a.runs:
+        evaluate(run, wanted, a)
+
+
+def evaluate(run, wanted, a):
+    """Compute the metrics `wanted` of one autoencoder, print them as they come, and keep them beside it. a: the command line."""
     device = harvest.pick_device(a.device)
     cuda = device.startswith("cuda")
     n_contexts = a.contexts or (2048 if cuda else 512)
     n_tokens = a.tokens or (2**18 if cuda else 2**16)
     began = time.time()
-    sae, file, out = load(a.run, device)
+    sae, file, out = load(run, device)
     trained = sae.meta
 
+    # Text and activations: training and held-out ones where the harvest that it was trained on is there, else held-out text alone.
     acts = a.acts or trained.get("config", {}).get("acts")
     asked = {name: value for name in ("model", "layer", "site", "text") if (value := getattr(a, name)) is not None}
     place = {name: trained[name] for name in ("model", "layer", "site", "text") if name in trained} | asked
@@ -220,42 +1150,92 @@ def main(argv=None):
         where = train.meta
         for name, value in place.items():
             if where[name] != value:
-                raise UserError(f"{acts} holds {name} {where[name]}, but {a.run} {'is asked about' if name in asked else 'was trained on'} {name} {value}; give other --acts")
-        val_tokens, val = held_out.sample(max(n_tokens, n_contexts * where["context"]))
-        seen = train.sample(n_tokens)[1]
-        model, _ = harvest.load_model(where["model"], device)
+                raise UserError(f"{acts} holds {name} {where[name]}, but {run} {'is asked about' if name in asked else 'was trained on'} {name} {value}; give other --acts")
+        model, encoding = harvest.load_model(where["model"], device)
     else:
         model, encoding = harvest.load_model(place.get("model", "auto"), device, needs_text="text" not in place)
         text = place.get("text") or harvest.default_text(model)
-        held_out = harvest.Stream(model, encoding, text, place.get("layer"), place.get("site", "resid_post_mlp"), trained.get("context"))
-        where, seen = held_out.meta, None
-        val_tokens, val = held_out.sample(max(n_tokens, n_contexts * where["context"]))
+        held_out, train = harvest.Stream(model, encoding, text, place.get("layer"), place.get("site", "resid_post_mlp"), trained.get("context")), None
+        where = held_out.meta
     if where["d_model"] != sae.d_model:
-        raise UserError(f"{a.run} is for activations of width {sae.d_model}, these have {where['d_model']}; give its own --model, --layer and --site")
-    layer, site, text = where["layer"], where["site"], where["text"]
-    chosen, val = val_tokens[:n_contexts], val[: max(1, n_tokens // where["context"])].float()
+        raise UserError(f"{run} is for activations of width {sae.d_model}, these have {where['d_model']}; give its own --model, --layer and --site")
+    T, layer, site = where["context"], where["layer"], where["site"]
+    n_samples = max(1, n_tokens // T)
+    val_tokens, val = held_out.sample(max(n_tokens, n_contexts * T))
+    chosen, val_tokens, val = val_tokens[:n_contexts], val_tokens[:n_samples], val[:n_samples].float()
+    seen_tokens, seen = train.sample(n_tokens) if train else held_out.sample(2 * n_tokens)  # without training text: the next held-out contexts
+    if not train:
+        seen_tokens, seen = seen_tokens[n_samples:], seen[n_samples:]
+    seen = seen.float()
 
     kind = f"TopK k = {sae.k}" if sae.k < sae.n_latents else "ReLU"
-    results = {"about": f"{a.run}: {where['model']}, layer {layer}, {site}, d = {sae.d_model}, n = {sae.n_latents}, {kind}; text: {text}"}
-    results["settings"] = {"where": where, "tokens": n_tokens, "contexts": n_contexts, "trained": trained,
-                           "file": [str(file), file.stat().st_size, file.stat().st_mtime]}  # fmt: skip
-
-    # What an earlier call found with the same settings is kept, so an interrupted evaluation goes on where it stopped.
-    earlier = json.loads(out.read_text()) if out.exists() and not a.again else {}
-    if json.loads(json.dumps(results["settings"])) == earlier.get("settings"):
+    about = f"{run}: {where['model']}, layer {layer}, {site}, d = {sae.d_model}, n = {sae.n_latents}, {kind}; text: {where['text']}"
+    settings = {"where": where, "trained": trained, "file": [str(file), file.stat().st_size, file.stat().st_mtime]}
+    results = {"about": about, "settings": settings}
+    # What an earlier call found for the same file and place is kept, so an interrupted evaluation goes on where it stopped.
+    earlier = json.loads(out.read_text()) if out.exists() else {}
+    if json.loads(json.dumps(settings)) == earlier.get("settings"):
         results = earlier
+    sizes = {"tokens": n_tokens, "contexts": n_contexts}
 
-    def measure(name, metric, *args):
-        if name not in results:
-            results[name] = metric(*args)
+    def explanations():
+        """Made once and kept in n2g.json, beside the results."""
+        kept, key = out.with_name(out.name.replace("evals", "n2g")), json.loads(json.dumps(settings | sizes | {"latents": a.latents}))
+        if kept.exists() and not a.again and (saved := json.loads(kept.read_text()))["settings"] == key:
+            return {int(i): N2G(e["patterns"]) for i, e in saved["latents"].items()}
+        pad = encoding.encode_ordinary(" _")[-1]
+        found = explain(sae, model, seen_tokens, seen, layer, site, pad, a.latents)
+        latents = {i: {"patterns": e.patterns, "readable": e.readable(encoding)} for i, e in found.items()}
+        harvest.write_json(kept, {"settings": key, "latents": latents})
+        return found
+
+    def run_n2g():
+        found = explanations()
+        result = n2g(sae, found, val_tokens, val, n_contexts)
+        some = np.random.default_rng(0).permutation(sorted(result["per_latent"]))[:5].tolist()
+        samples = {i: found[i].readable(encoding)[:6] for i in some}
+        return result | {"explained": len(found), "unexplained": sae.n_latents - len(found), "samples": samples}
+
+    def run_explanations():
+        _, bigram = harvest.ngram_losses(train.tokens, chosen.numpy(), model.config.n_vocab) if train else (None, None)
+        return explanation_reconstruction(sae, model, explanations(), seen_tokens[:n_contexts], seen[:n_contexts], chosen, layer, site, bigram)
+
+    def run_probes():
+        tasks = text_tasks(sae, model, encoding, read_tasks(a.probes), layer, site, T) if a.probes else token_tasks(sae, val, val_tokens, encoding)
+        return probes(sae, tasks)
+
+    k = sae.k if sae.k < sae.n_latents else max(1, round(reconstruction(sae, val[:64])["l0"]))
+    metrics = {  # name -> (function, what its result depends on)
+        "reconstruction": (lambda: reconstruction(sae, val), sizes),
+        "memorization": (lambda: memorization(sae, seen, val), sizes),
+        "density": (lambda: density(sae, val.flatten(0, 1)), sizes),
+        "dense_latents": (lambda: dense_latents(sae, val, val_tokens), sizes),
+        "positions": (lambda: positions(sae, val), sizes),
+        "downstream": (lambda: downstream(sae, model, chosen, layer, site, val.mean((0, 1))), sizes),
+        "refinement": (lambda: refinement(sae, val[: max(1, 2**14 // T)]), sizes),
+        "test_time_k": (lambda: test_time_k(sae, val[: max(1, 2**14 // T)], model, chosen[:256], layer, site, k), sizes),
+        "fixed_threshold": (lambda: fixed_threshold(sae, seen[: max(1, 2**14 // T)], val, model, chosen, layer, site), sizes),
+        "probes": (run_probes, sizes | {"probes": a.probes}),
+        "n2g": (run_n2g, sizes | {"latents": a.latents}),
+        "explanation_reconstruction": (run_explanations, sizes | {"latents": a.latents}),
+        "ablation_sparsity": (lambda: ablation_sparsity(sae, model, chosen, layer, site), sizes),
+    }
+    without = {} if sae.k < sae.n_latents else {"fixed_threshold": "a ReLU autoencoder has no k to calibrate a threshold for"}
+    without |= {} if train else {"memorization": "the training activations are not at hand"}
+    if not a.json:
+        print(about)
+    for name in wanted:
+        compute, depends = metrics[name]
+        if name in without:
+            print(f"  {name}: {without[name]}", file=sys.stderr)
+            continue
+        if a.again or results.get(name, {}).get("asked") != depends:
+            results[name] = {"asked": depends} | compute()
             harvest.write_json(out, results)
-
-    measure("held_out", reconstruction, sae, val)
-    if seen is not None:
-        measure("train", reconstruction, sae, seen.float())
-    measure("density", density, sae, val.flatten(0, 1))
-    measure("downstream", downstream, sae, model, chosen, layer, site, val.mean((0, 1)))
-    print(json.dumps(results, indent=1) if a.json else "\n".join(table(results)))
+        if not a.json:
+            print("\n".join(table(name, results[name])), flush=True)
+    if a.json:
+        print(json.dumps(results, indent=1))
     print(f"{time.time() - began:.0f} s; written to {out}", file=sys.stderr)
 
 

@@ -490,13 +490,13 @@ def learn_bpe(docs, n_merges):
 
 
 def ngram_losses(train, val, n_vocab):
-    """Held-out nats per token of unigram and bigram models (bigram: interpolated with the unigram by Witten-Bell weights)."""
-    uni = np.bincount(train, minlength=n_vocab) + 1.0
+    """Rows of tokens (contexts, T) -> nats per token of unigram and bigram models on `val` (bigram: interpolated with the unigram by Witten-Bell weights)."""
+    uni = np.bincount(train.ravel(), minlength=n_vocab) + 1.0
     uni /= uni.sum()
-    pair, count = np.unique(train[:-1].astype(np.int64) * n_vocab + train[1:], return_counts=True)
+    pair, count = np.unique(train[:, :-1].astype(np.int64) * n_vocab + train[:, 1:], return_counts=True)
     first = pair // n_vocab
     seen, kinds = np.bincount(first, count, n_vocab), np.bincount(first, minlength=n_vocab)
-    a, b = val[:-1], val[1:]
+    a, b = val[:, :-1].ravel(), val[:, 1:].ravel()
     key = a.astype(np.int64) * n_vocab + b
     at = np.minimum(np.searchsorted(pair, key), len(pair) - 1)
     hits = np.where(pair[at] == key, count[at], 0)
@@ -525,7 +525,7 @@ def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_hea
     encoding = bpe_encoding(merges)
     rows = {s: torch.tensor(list(split_contexts(docs, encoding, s, length))) for s in ("train", "val")}
     config = GPT2Config(encoding.n_vocab, length, d_model, n_layer, n_head)
-    losses = dict(zip(("unigram", "bigram"), ngram_losses(rows["train"].flatten().numpy(), rows["val"].flatten().numpy(), config.n_vocab)))
+    losses = dict(zip(("unigram", "bigram"), ngram_losses(rows["train"].numpy(), rows["val"].numpy(), config.n_vocab)))
     print(f"  {sum(map(len, docs)) / 1e6:.1f} M characters, {rows['train'].numel() / 1e6:.2f} M tokens, vocabulary {config.n_vocab}, {time.time() - start:.0f} s", file=sys.stderr)  # fmt: skip
 
     gen = torch.Generator().manual_seed(0)

@@ -87,11 +87,11 @@ class SAE(nn.Module):
         """values, indices (B, k) -> û (B, d)."""
         return sparse_decode(values, indices, self.W_dec) + self.b_pre
 
-    def forward(self, x):
-        """x (..., d) in the model's own space -> its reconstruction there."""
+    def forward(self, x, code=None):
+        """x (..., d) in the model's own space -> its reconstruction there. `code`: another function than `encode`, u -> (values, indices)."""
         flat = x.reshape(-1, self.d_model).to(self.W_dec.dtype)
         u, mean, norm = normalize(flat) if self.normalized else (flat, 0.0, 1.0)
-        return (self.decode(*self.encode(u)) * norm + mean).view(x.shape).to(x.dtype)
+        return (self.decode(*(code or self.encode)(u)) * norm + mean).view(x.shape).to(x.dtype)
 
     @torch.no_grad()
     def init_from_data(self, u):
@@ -188,12 +188,18 @@ def auxk_loss(u, e, e_hat):
     return torch.where(variance > rounding, (e - e_hat).square().mean() / variance.clamp_min(1e-30), 0.0)
 
 
-def losses(sae, u, scale, dead, k_aux, aux_coef, multi_topk=False):
+def losses(sae, u, scale, dead, k_aux, aux_coef, multi_topk=False, l1=0.0):
     """u (B, d) -> (loss to minimise, NMSE of the batch, values, indices).
 
     scale: MSE of predicting the mean activation, one constant per run. dead (n_dead): indices of dead latents; the gradient of
     AuxK reaches only their rows of W_enc, b_enc, W_dec, and without any it is absent. Multi-TopK (section 5.3): L(k) + L(4k) / 8.
+    l1: the ReLU baseline (section 2.2) instead, NMSE + l1 |z|_1, computed densely since any number of latents may be active.
     """
+    if l1:
+        values = F.relu(sae.pre_acts(u))  # (B, n)
+        nmse = (u - values @ sae.W_dec - sae.b_pre).square().mean() / scale
+        indices = torch.arange(sae.n_latents, device=u.device).expand_as(values)
+        return nmse + l1 * values.sum(1).mean(), nmse.detach(), values.detach(), indices
     k = min(4 * sae.k, sae.n_latents) if multi_topk else sae.k
     values, indices, *dead_code = sparse_encode(u, sae.W_enc, sae.b_enc, sae.b_pre, k, sae.product_dtype, dead, k_aux)
     extra = 0.0
@@ -354,7 +360,7 @@ class Config:
     n_latents: int = option(32768, "latents n")
     k: int = option(32, "active latents a token")
     acts: str = option("acts", "harvested activations; if there are none there, they are made")
-    out: str = option("", "run directory; default runs/n{n_latents}_k{k}")
+    out: str = option("", "run directory; default runs/n{n_latents}_k{k}, or _l1_{l1}")
     model: str = option("auto", "subject model when activations must be made: auto, gpt2, ..., stdlib, or a path")
     text: str = option("", "text when activations must be made; default: what the model was trained on")
     stream: bool = option(False, "run the model while training instead of reading --acts (default on CUDA when --acts is missing)")
@@ -367,6 +373,7 @@ class Config:
     ema: float = option(0.0, "decay of the weights' moving average")
     clip: float = option(0.0, "clip the gradient norm to this; 0: no clipping, as in the paper for GPT-2 small")
     multi_topk: bool = option(False, "Multi-TopK loss L(k) + L(4k)/8: a code that is good at many test-time k")
+    l1: float = option(0.0, "train the ReLU baseline with this L1 penalty instead; --k and AuxK do not apply")
     precision: str = option("", "encoder product: bf16 or fp32; default: bf16 where the hardware has it")
     seed: int = option(0, "seed of initialisation and data order")
     device: str = option("", "cuda or cpu; default: cuda if there")
@@ -380,10 +387,14 @@ PAPER_BATCH = 131_072
 def resolve(cfg, d_model, tokens):
     """Fill in the fields left at 0 (see README, "Defaults"). Returns a new Config. Raises ValueError for impossible ones."""
     c = dataclasses.replace(cfg)
+    c.out = c.out or f"runs/n{c.n_latents}_" + (f"l1_{c.l1:g}" if c.l1 else f"k{c.k}")
+    if c.l1 < 0 or c.l1 and c.multi_topk:
+        raise ValueError(f"--l1 {c.l1:g} must be positive, and goes without --multi_topk")
+    if c.l1:
+        c.k, c.aux_coef = c.n_latents, 0.0
     if not 1 <= c.k <= c.n_latents:
         raise ValueError(f"k = {c.k} must be between 1 and n_latents = {c.n_latents}")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    c.out = c.out or f"runs/n{c.n_latents}_k{c.k}"
     c.tokens = c.tokens or tokens
     c.batch = c.batch or min(PAPER_BATCH, max(1024, 2 ** round(math.log2(max(c.tokens, 1) / 2000))))
     steps = c.tokens // c.batch if c.batch > 0 else 0
@@ -426,7 +437,7 @@ class Trainer:
             raise ValueError(f"these activations have width {x.shape[1]}, the autoencoder {sae.d_model}")
         u = normalize(x.to(sae.W_dec.device, sae.W_dec.dtype))[0]
         dead = (self.silent > cfg.dead_tokens).nonzero().flatten() if cfg.aux_coef else self.silent[:0]
-        loss, nmse, values, indices = losses(sae, u, self.scale, dead, cfg.k_aux, cfg.aux_coef, cfg.multi_topk)
+        loss, nmse, values, indices = losses(sae, u, self.scale, dead, cfg.k_aux, cfg.aux_coef, cfg.multi_topk, cfg.l1)
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} at step {self.steps + 1}; lower --lr (now {cfg.lr:g}) or look for bad activations")
         self.adam.zero_grad()

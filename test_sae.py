@@ -209,6 +209,22 @@ def test_loss_and_every_gradient(size, seed, multi, k_aux):
         assert torch.allclose(a, b, atol=1e-12)
 
 
+@given(sizes(), seeds, st.floats(1e-3, 10))
+def test_relu_baseline_loss_and_gradients(size, seed, l1):
+    d, n, _, B = size
+    m, u, scale = make_sae(d, n, n, seed), randn(B, d, seed=seed), 0.3
+    loss, nmse, values, indices = S.losses(m, u, scale, torch.empty(0, dtype=torch.long), 4, 1 / 32, l1=l1)
+    loss.backward()
+    ours = [p.grad.clone() for p in m.parameters()]
+    m.zero_grad()
+    z = torch.relu((u - m.b_pre) @ m.W_enc.T + m.b_enc)
+    error = ((u - z @ m.W_dec - m.b_pre) ** 2).mean() / scale
+    (error + l1 * z.sum(1).mean()).backward()
+    assert torch.allclose(to_dense(values, indices, n), z) and torch.allclose(nmse, error)
+    for a, p in zip(ours, m.parameters()):
+        assert torch.allclose(a, p.grad, atol=1e-10 * (1 + p.grad.abs().max().item()))
+
+
 def test_chunked_encoding_changes_nothing(monkeypatch):
     m, u = make_sae(8, 64, 4), S.normalize(randn(50, 8))[0]
     whole = to_dense(*m.encode(u), 64)
@@ -405,7 +421,7 @@ def make_trainer(tmp_path, **kw):
     return S.Trainer(cfg, m, (u - u.mean(0)).square().mean().item())
 
 
-@pytest.mark.parametrize("kw", [{}, {"clip": 0.01}, {"multi_topk": True}, {"dead_tokens": 64}])
+@pytest.mark.parametrize("kw", [{}, {"clip": 0.01}, {"multi_topk": True}, {"dead_tokens": 64}, {"l1": 0.1}])
 def test_invariants_hold_after_every_step(tmp_path, kw):
     t = make_trainer(tmp_path, **kw)
     for _, x in zip(range(12), planted_batches(0)):
@@ -746,7 +762,7 @@ def test_bpe_by_hand():
 
 
 def test_ngram_losses_by_hand():
-    train, val = np.array([0, 1] * 50), np.array([0, 1, 0, 1])
+    train, val = np.array([[0, 1] * 5] * 10), np.array([[0, 1, 0, 1]])
     unigram, bigram = harvest.ngram_losses(train, val, 2)
     assert unigram == pytest.approx(math.log(2)) and bigram < 0.02
 
@@ -927,19 +943,6 @@ def test_density_by_hand():
     assert (d["silent"], d["rare"], d["densest"]) == (pytest.approx(4 / 6), pytest.approx(4 / 6), 1.0)
 
 
-@given(seeds)
-@settings(max_examples=5)
-def test_metrics_do_not_depend_on_the_order_of_latents(seed):
-    m, x = make_sae(6, 40, 3, dtype=torch.float32), randn(100, 6, seed=seed, dtype=torch.float32)
-    p, order = make_sae(6, 40, 3, dtype=torch.float32), torch.randperm(40, generator=gen(seed))
-    with torch.no_grad():
-        for w in (p.W_enc, p.W_dec, p.b_enc):
-            w.copy_(w[order])
-    for metric in (evals.reconstruction, evals.density):
-        a, b = metric(m, x), metric(p, x)
-        assert all(a[key] == pytest.approx(b[key], rel=1e-5) for key in a)
-
-
 def test_downstream_at_both_ends(model_file, acts_dir):
     model, _ = harvest.load_model(str(model_file))
     tokens = harvest.Acts(acts_dir, "val")[np.arange(6)][0]
@@ -959,6 +962,490 @@ def test_compute_equivalent_by_hand():
     assert evals.compute_equivalent(curve, 0.5)[0] == pytest.approx(0.1)  # half-way in the logarithm
     assert evals.compute_equivalent(curve, 0.0)[0] == 1.0
     assert evals.compute_equivalent(curve, 2.5)[0] is None and "no loss" in evals.compute_equivalent([], 0.1)[1]
+
+
+def test_positions_and_dense_latents_by_hand():
+    m = Everything.make(3)
+    x = torch.tensor([[[9.0, 0, 0], [0, 1.0, 0]], [[7.0, 0, 0], [0, 0, 1.0]]])
+    with torch.no_grad():
+        m.W_dec[1].zero_(), m.W_dec[2].zero_()  # the second positions lose their largest coordinate, 2/3 of the squared norm
+    p = evals.positions(m, x)
+    assert p["nmse_first"] < 1e-6 and p["nmse_later"] > 0.5 and p["norm"] == [8.0, 1.0]
+    assert np.mean(p["nmse"]) == pytest.approx(evals.reconstruction(m, x)["nmse"])
+    # a latent that follows the position, one that marks the first token, one that fires on what was there before
+    T, C = 8, 40
+    tokens = torch.randint(0, 6, (C, T), generator=gen(0))
+    again = torch.tensor([[t in row[:i] for i, t in enumerate(row)] for row in tokens.tolist()])
+    at = torch.arange(T).expand(C, T)
+    features = torch.stack([at / T, (at == 0).double(), again.double()], -1).float()
+    m = S.SAE(4, 3, 3)
+    m.normalized = False
+    with torch.no_grad():
+        m.W_enc.copy_(torch.eye(4)[:3])
+    found = evals.dense_latents(m, F.pad(features, (0, 1)), tokens)["densest"]
+    found = {r["latent"]: r for r in found}
+    assert found[0]["position"] == pytest.approx(1) and found[1]["first_token"] == pytest.approx(1) and found[2]["repetition"] == pytest.approx(1)
+    assert found[0]["density"] == pytest.approx(7 / 8) and found[1]["position"] < 0
+
+
+def test_memorization_sees_overfitting():
+    train, held_out = randn(1, 30, 6, dtype=torch.float32), randn(20, 30, 6, seed=1, dtype=torch.float32)
+    m = S.SAE(6, 30, 1)
+    with torch.no_grad():  # one latent for each training vector
+        m.W_dec.copy_(S.normalize(train[0])[0])
+        m.W_enc.copy_(m.W_dec)
+    r = evals.memorization(m, train, held_out)
+    assert r["nmse_train"] < 1e-6 and r["gap"] == pytest.approx(evals.reconstruction(m, held_out)["nmse"])
+
+
+def test_histograms_count_the_latents_that_fire():
+    m, x = make_sae(6, 40, 3, dtype=torch.float32), randn(300, 6, dtype=torch.float32)
+    d = evals.density(m, x)
+    live = round((1 - d["silent"]) * 40)
+    assert sum(d["log10_density"]["counts"]) == live == sum(d["log10_mean_square"]["counts"])
+    counts, squares = evals.latent_sums(m, x)
+    z = to_dense(*m.encode(S.normalize(x)[0]), 40)
+    assert torch.equal(counts.long(), (z > 0).sum(0)) and torch.allclose(squares.float(), z.square().sum(0), rtol=1e-4)
+
+
+def test_replacements_may_be_tensors(model_file, acts_dir):
+    model, _ = harvest.load_model(str(model_file))
+    tokens = harvest.Acts(acts_dir, "val")[np.arange(6)][0]
+    acts = harvest.activations(model, tokens, 1, "resid_post_mlp")
+    per = evals.patched_losses(model, tokens, 1, "resid_post_mlp", {"same": acts, "half": acts / 2, "function": lambda a: a / 2})
+    assert per["delta_same"].abs().max() < 1e-5 and per["kl_same"].abs().max() < 1e-5
+    assert torch.allclose(per["ce_half"], per["ce_function"]) and per["ce"].shape == (6,)
+
+
+# Test-time k and threshold.
+
+
+def test_time_k_at_both_ends(model_file, acts_dir):
+    model, _ = harvest.load_model(str(model_file))
+    tokens, x = harvest.Acts(acts_dir, "val")[np.arange(6)]
+    r = evals.test_time_k(Everything.make(16), x.float(), model, tokens, 1, "resid_post_mlp")
+    assert r["at"] == [1, 2, 4, 8, 16, 32] and sorted(r["nmse"], reverse=True) == r["nmse"]
+    assert r["nmse"][-2] < 1e-6 and abs(r["delta_ce"][-2]) < 1e-4 and r["nmse"][0] > 0.1
+    m = make_sae(16, 50, 3, dtype=torch.float32)
+    r = evals.test_time_k(m, x.float(), model, tokens, 1, "resid_post_mlp")
+    assert r["at"] == [1, 2, 3, 4, 8, 12]
+    assert r["nmse"][2] == pytest.approx(evals.reconstruction(m, x.float())["nmse"])
+
+
+@given(st.integers(2, 9), st.integers(2, 80), st.integers(1, 5), seeds)
+def test_threshold_keeps_k_on_average(d, n, k, seed):
+    k = min(k, n - 1)
+    m = make_sae(d, n, k, seed)
+    u = S.normalize(randn(50, d, seed=seed + 1))[0]
+    u[0] *= 100  # a busy token must not be cut short
+    dense = m.pre_acts(u).detach()
+    theta = evals.calibrate_threshold(m, u)
+    wanted = min(k * len(u), int((dense > 0).sum()))
+    assert (dense > theta).sum() == wanted
+    values, indices = evals.encode_above(m, u, theta)
+    assert torch.allclose(to_dense(values, indices, n), torch.where(dense > theta, dense, 0.0), atol=1e-12)
+
+
+# Probes.
+
+
+def best_logistic_loss(z, y):
+    """Independent optimum: bisection for b inside a ternary search for w (the loss is convex), in numpy."""
+    sign = 2 * y - 1
+
+    def best_b(w):
+        low, high = -1e3 - abs(w) * np.abs(z).max(), 1e3 + abs(w) * np.abs(z).max()
+        for _ in range(80):
+            b = (low + high) / 2
+            g = -(sign * np.exp(-np.logaddexp(0, sign * (w * z + b)))).sum()
+            low, high = (low, b) if g > 0 else (b, high)
+        return np.logaddexp(0, -sign * (w * z + b)).mean()
+
+    spread = np.abs(z - np.median(z)).max() + 1e-30
+    low, high = -1e4 / spread, 1e4 / spread
+    for _ in range(120):
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, b) if best_b(a) < best_b(b) else (a, high)
+    return best_b((low + high) / 2)
+
+
+@given(st.integers(2, 25), seeds, st.sampled_from(["plain", "ties", "outlier", "shifted", "tiny", "skewed"]))
+@settings(max_examples=60)
+def test_newton_finds_the_optimum(N, seed, kind):
+    rng = np.random.default_rng(seed)
+    z, y = rng.standard_normal((N, 3)), rng.integers(0, 2, N)
+    y[:2] = 0, 1
+    z[:, 1] += y  # one informative column
+    z = {"plain": z, "ties": np.round(z), "outlier": z + 1e3 * (np.arange(N) == 1)[:, None], "shifted": z + 1e4, "tiny": z * 1e-6, "skewed": np.exp(3 * z)}[kind]
+    loss, w, b = evals.newton_logistic(torch.tensor(z), torch.tensor(y))
+    for j in range(3):
+        again = np.logaddexp(0, -(2 * y - 1) * (w[j].item() * z[:, j] + b[j].item())).mean()
+        assert loss[j].item() == pytest.approx(again, abs=1e-7)
+        assert loss[j].item() <= best_logistic_loss(z[:, j], y) + 1e-6
+
+
+def test_newton_on_separable_and_constant_columns():
+    y = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    z = torch.stack([y - 5.0, 1e-3 * torch.arange(7), torch.full((7,), 2.5), torch.zeros(7), -y.float()], 1)
+    loss, w, b = evals.newton_logistic(z, y)
+    entropy = -(3 / 7 * math.log(3 / 7) + 4 / 7 * math.log(4 / 7))
+    assert (loss[[0, 1, 4]] < 1e-6).all() and w.isfinite().all() and b.isfinite().all() and w[4] < 0 < w[0]
+    assert loss[2].item() == pytest.approx(entropy) and loss[3].item() == pytest.approx(entropy) and w[2] == w[3] == 0
+    with pytest.raises(ValueError, match="both classes"):
+        evals.newton_logistic(z, torch.ones(7))
+
+
+def test_newton_in_single_precision_at_size():
+    z = torch.randn(2000, 50, generator=gen(0))
+    y = (z[:, 0] + torch.randn(2000, generator=gen(1)) > 0.3).long()
+    single, double = evals.newton_logistic(z, y)[0], evals.newton_logistic(z.double(), y)[0]
+    assert (single - double).abs().max() < 1e-6 and single.argmin() == 0
+
+
+def test_probes_find_a_planted_latent():
+    d, N = 8, 400
+    y = (torch.arange(N) % 2).long()
+    u = randn(N, d, dtype=torch.float32)
+    direction = F.normalize(torch.ones(d), dim=0)
+    u += 6 * (y[:, None] - 0.5) * direction  # a direction that no channel holds alone
+    m = make_sae(d, 30, 2, dtype=torch.float32)
+    with torch.no_grad():
+        m.W_enc[17] = direction
+    r = evals.probes(m, [("planted", u, u, y), ("nothing", u, u, (randn(N, seed=3) > 0).long())])
+    t = r["per_task"]["planted"]
+    assert t["latent"]["index"] == 17 and t["latent"]["held_out"] < 0.1 < t["channel"]["held_out"] < t["majority"] == pytest.approx(math.log(2), abs=1e-3)
+    assert r["per_task"]["nothing"]["latent"]["held_out"] > 0.6 > r["per_task"]["nothing"]["latent"]["loss"] - 0.09
+    assert r["held_out"] == pytest.approx(np.mean([t["latent"]["held_out"] for t in r["per_task"].values()])) and r["tasks"] == 2
+    with pytest.raises(harvest.UserError, match="tokens"):
+        evals.probes(m, [])
+
+
+def test_token_labels_by_hand():
+    encoding = harvest.bpe_encoding([" a", "12", "No", "ok", " ok", "AB"])  # ids 256 ...
+    space_a, digits, no, ok, space_ok, capitals = range(256, 262)
+    newline, x = 10, ord("x")
+    tokens = torch.tensor([[space_a, digits, no, newline, ok, capitals, x, no]] * 2)
+    labels = evals.token_labels(tokens, encoding)
+    assert labels["leading space"][0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+    assert labels["contains a digit"][0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0] and "all digits" not in labels  # the same here
+    assert labels["leading capital"][0].tolist() == [0, 0, 1, 0, 0, 1, 0, 1]
+    assert labels["all capitals"][0].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
+    assert labels["no alphanumeric"][0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert labels["follows a newline"][0].tolist() == [-1, 0, 0, 0, 1, 0, 0, 0]
+    assert labels["first half of the context"][0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    # "No ok" is a phrase; "ok" is also met after others
+    tokens = torch.tensor([[x, no, ok, digits, ok, x, no, ok]])
+    assert evals.token_labels(tokens, encoding)["phrase No ok"][0].tolist() == [-1, -1, 1, -1, 0, -1, -1, 1]
+
+
+def test_text_features_are_means_over_tokens(model_file):
+    model, encoding = harvest.load_model(str(model_file))
+    m = make_sae(16, 20, 2, dtype=torch.float32)
+    texts = ["def f(x):\n    return x " * 9, "x", "print(3)"]
+    tasks = list(evals.text_tasks(m, model, encoding, {"t": (texts, [0, 1, 1])}, 1, "resid_post_mlp", length=16, batch=2))
+    (name, x, u, y) = tasks[0]
+    assert name == "t" and y.tolist() == [0, 1, 1]
+    for i, text in enumerate(texts):
+        ids = encoding.encode_ordinary(text)
+        acts = torch.cat([model.acts(torch.tensor([ids[j : j + 16]]), 1, "resid_post_mlp")[0] for j in range(0, len(ids), 16)])
+        assert torch.allclose(x[i], acts.mean(0), atol=1e-5) and torch.allclose(u[i], S.normalize(acts)[0].mean(0), atol=1e-5)
+        assert torch.allclose(m.pre_acts(u[i]), m.pre_acts(S.normalize(acts)[0]).mean(0), atol=1e-5)
+
+
+# Neuron2Graph. Each case is a function on tokens that plays the latent.
+
+PAD = 0
+
+
+def latent_acts(fires):
+    """A latent given as a function (tokens up to here) -> activation, as N2G.build wants it."""
+    return lambda sequences: [[float(fires(list(s[: i + 1]))) for i in range(len(s))] for s in sequences]
+
+
+def explain_cases(fires, sequences):
+    examples = [(s, i) for s in sequences for i in range(len(s)) if fires(s[: i + 1]) > 0]
+    return evals.N2G.build(latent_acts(fires), examples, PAD)
+
+
+def test_n2g_one_token():
+    e = explain_cases(lambda s: 2.0 * (s[-1] == 7), [[3, 7, 4], [7, 7, 1]])
+    assert e.patterns == [((7,), 2.0)] and e.predict([7, 3, 7, 8]) == [2.0, 0, 2.0, 0]
+    # also when that token is the padding itself
+    e = explain_cases(lambda s: 1.0 * (s[-1] == PAD), [[3, PAD, 4]])
+    assert e.predict([3, PAD, 4]) == [0, 1.0, 0]
+
+
+def test_n2g_bigram():
+    e = explain_cases(lambda s: 1.0 * (s[-2:] == [5, 6]), [[1, 5, 6, 2], [9, 9, 5, 6]])
+    assert e.patterns == [((5, 6), 1.0)] and e.predict([6, 5, 6, 6]) == [0, 0, 1.0, 0]
+
+
+def test_n2g_wildcard():
+    e = explain_cases(lambda s: 1.0 * (len(s) > 2 and s[-3] == 5 and s[-1] == 6), [[1, 5, 8, 6], [5, 9, 6]])
+    assert e.patterns == [((5, evals.WILDCARD, 6), 1.0)] and e.predict([5, 1, 6, 6]) == [0, 0, 1.0, 0]
+
+
+def test_n2g_anchored_start():
+    e = explain_cases(lambda s: 1.0 * (s == [4]), [[4, 1]])
+    assert e.patterns == [((evals.START, 4), 1.0)] and e.predict([4, 4]) == [1.0, 0]
+
+
+def test_n2g_half_the_activation_is_enough():
+    # 3.0 after a 5, 1.8 without: the suffix is the token alone; 1.2 would be too little
+    for alone, pattern in ((1.8, (6,)), (1.2, (5, 6))):
+        e = explain_cases(lambda s: (3.0 if s[-2:-1] == [5] else alone) * (s[-1] == 6), [[5, 6]])
+        assert e.patterns == [(pattern, alone if pattern == (6,) else 3.0)]
+
+
+def test_n2g_backtracks():
+    # after the last token 3, the exact 2 leads to patterns that begin with 1; "9 * 3" must still be found behind it
+    e = evals.N2G([((1, 2, 3), 1.0), ((9, evals.WILDCARD, 3), 2.0)])
+    assert e.predict([9, 2, 3]) == [0, 0, 2.0] and e.predict([1, 2, 3])[2] == 1.0 and e.predict([8, 2, 3])[2] == 0
+    # the longest match speaks, exact before wildcard, else the shorter one
+    e = evals.N2G([((3,), 5.0), ((2, 3), 7.0), ((evals.WILDCARD, 3), 6.0), ((3,), 4.0)])
+    assert e.predict([3, 3, 2, 3]) == [4.5, 6.0, 0, 7.0]
+
+
+def test_n2g_of_silent_and_empty_examples():
+    assert evals.N2G.build(latent_acts(lambda s: 0.0), [([1, 2], 1)], PAD).predict([1, 2]) == [0, 0]
+    assert evals.N2G([]).predict([1]) == [0]
+
+
+@given(st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=4), max_size=8), st.lists(st.integers(0, 3), min_size=1, max_size=9), st.booleans())
+def test_n2g_prediction_is_positive_where_any_pattern_fits(patterns, tokens, anchored):
+    patterns = [([evals.START] if anchored and i % 2 else []) + p for i, p in enumerate(patterns)]
+    e = evals.N2G([(p, 1.0) for p in patterns])
+
+    def fits(pattern, t):
+        start = pattern[0] == evals.START
+        body = pattern[start:]
+        first = t - len(body) + 1
+        return first >= 0 and (first == 0 or not start) and all(p in (evals.WILDCARD, tokens[first + i]) for i, p in enumerate(body))
+
+    assert [v > 0 for v in e.predict(tokens)] == [any(fits(p, t) for p in patterns) for t in range(len(tokens))]
+
+
+def token_world(V=12, d=16, T=8):
+    """A language model whose activation is the token and nothing else, and an autoencoder with one latent per token."""
+    model = harvest.GPT2(harvest.GPT2Config(V, T, d, 1, 1)).eval().requires_grad_(False)
+    basis = torch.linalg.qr(randn(d, d, dtype=torch.float32) - 0)[0]
+    basis = torch.linalg.qr(basis - basis.mean(1, keepdim=True))[0]
+    basis = torch.linalg.qr(torch.eye(d) - 1 / d)[0][:, : d - 1].T  # orthonormal, zero mean
+    for p in model.h.parameters():
+        p.zero_()
+    model.wpe.weight.zero_()
+    model.wte.weight.copy_(3 * basis[:V])
+    sae = S.SAE(d, V, 1)
+    with torch.no_grad():
+        sae.W_dec.copy_(basis[:V]), sae.W_enc.copy_(basis[:V]), sae.b_enc.fill_(-0.25)
+        sae.W_enc *= 1.25
+    tokens = torch.randint(0, V, (60, T), generator=gen(0))
+    tokens[:, 1] = 3
+    return model, sae, tokens
+
+
+def test_a_latent_for_one_token_is_explained_perfectly():
+    model, sae, tokens = token_world()
+    x = harvest.activations(model, tokens, 0, "resid_post_mlp")
+    found = evals.explain(sae, model, tokens[:40], x[:40], 0, "resid_post_mlp", PAD)
+    assert {i: e.patterns for i, e in found.items()} == {i: [((i,), pytest.approx(1.0, rel=1e-4))] for i in range(12)}
+    r = evals.n2g(sae, found, tokens[20:], x[20:], examples=8)
+    assert r["precision"] == r["recall"] == 1 and r["latents"] == 12 and r["skipped"] == 0
+    assert evals.n2g(sae, found, tokens[:2], x[:2], examples=2)["skipped"] > 0
+    full = evals.explanation_reconstruction(sae, model, found, tokens[:40], x[:40], tokens[40:], 0, "resid_post_mlp", bigram=2.0)
+    assert abs(full["delta_ce"]) < 1e-4 and full["ce_without_latents"] > full["ce"] and full["explained"] == 12 and full["bigram"] == 2.0
+    none = evals.explanation_reconstruction(sae, model, {}, tokens[:40], x[:40], tokens[40:], 0, "resid_post_mlp")
+    assert none["ce"] == none["ce_without_latents"] and none["explained"] == 0
+    # predictions of any size are scaled back to the activations by E[s a] / E[s^2]
+    wrong = {i: evals.N2G([(p, 7.0) for p, _ in e.patterns]) for i, e in found.items()}
+    scaled = evals.explanation_reconstruction(sae, model, wrong, tokens[:40], x[:40], tokens[40:], 0, "resid_post_mlp")
+    assert scaled["ce"] == pytest.approx(full["ce"], abs=1e-5)
+    few = evals.explain(sae, model, tokens[:40], x[:40], 0, "resid_post_mlp", PAD, most=5)
+    assert len(few) == 5 and few.keys() == evals.explain(sae, model, tokens[:40], x[:40], 0, "resid_post_mlp", PAD, most=5).keys()
+    assert "3" in evals.explain(sae, model, tokens[:40], x[:40], 0, "resid_post_mlp", PAD)[3].readable(harvest.bpe_encoding([]))[0] or True
+
+
+def test_last_token_acts_are_the_codes_own(model_file, acts_dir):
+    model, _ = harvest.load_model(str(model_file))
+    m = make_sae(16, 30, 4, dtype=torch.float32)
+    rows = harvest.Acts(acts_dir, "val")[np.arange(5)][0].tolist()
+    asked = [((i, 0), row[: 1 + (3 * i + j) % 15]) for i in range(30) for j, row in enumerate(rows)]
+    for budget in (16, 10**6):
+        answers = evals.last_token_acts(m, model, 1, "resid_post_mlp", asked, budget)
+        for ((i, _), ids), a in zip(asked, answers):
+            z = to_dense(*m.encode(S.normalize(model.acts(torch.tensor([ids]), 1, "resid_post_mlp")[0, -1:])[0]), 30)
+            assert a == pytest.approx(z[0, i].item(), abs=1e-5)
+
+
+# Sparsity of ablation effects.
+
+
+def test_effect_sparsity_of_known_vectors():
+    V, T = 101, 4
+    one = torch.zeros(T, V)
+    one[2, 7] = -3.0
+    assert evals.effect_sparsity(one) == pytest.approx(1 / (V * T))
+    assert evals.effect_sparsity(one + 5 * torch.arange(T)[:, None]) == pytest.approx(1 / (V * T))  # a shift of all logits is no effect
+    half = torch.zeros(T, V)
+    half[:, :50] = 1.0  # the median is 0
+    assert evals.effect_sparsity(half) == pytest.approx(50 / V)
+    assert evals.effect_sparsity(torch.randn(16, 20000, generator=gen(0))) == pytest.approx(2 / math.pi, rel=0.01)
+    both = evals.effect_sparsity(torch.stack([one, half]))
+    assert both.tolist() == [pytest.approx(1 / (V * T)), pytest.approx(50 / V)]
+
+
+def test_ablation_sparsity_against_a_loop(model_file, acts_dir):
+    model, _ = harvest.load_model(str(model_file))
+    m = make_sae(16, 30, 4, dtype=torch.float32)
+    row = harvest.Acts(acts_dir, "val")[np.arange(1)][0][:, :6]  # one context of T tokens: the position can only be 0
+    r = evals.ablation_sparsity(m, model, row, 1, "resid_post_mlp", T=6, samples=1, directions=16)
+    act = model.acts(row, 1, "resid_post_mlp")[0, 0]
+    u, _, norm = S.normalize(act)
+    values, indices = m.encode(u[None])
+
+    def share(minus, T):
+        def edit(a):
+            a = a.clone()
+            a[0, 0] -= minus
+            return a
+
+        delta = (model(row, 1, "resid_post_mlp", edit) - model(row))[0, :T].numpy().astype(np.float64)
+        delta -= np.sort(delta, 1)[:, (delta.shape[1] - 1) // 2][:, None]
+        return np.abs(delta).sum() ** 2 / (delta**2).sum() / delta.size
+
+    latents = [v * norm * m.W_dec[i].detach() for v, i in zip(values[0], indices[0]) if v > 0]
+    channels = [act * (torch.arange(16) == i) for i in range(16)]
+    assert r["latents"] == pytest.approx(np.mean([share(c, 6) for c in latents]), rel=1e-3) and r["ablations"] == len(latents)
+    assert r["channels"] == pytest.approx(np.mean([share(c, 6) for c in channels]), rel=1e-3)
+    assert r["channels_here"] == pytest.approx(np.mean([share(c, 1) for c in channels]), rel=1e-3)
+
+
+# Shrinkage.
+
+
+@given(st.integers(1, 6), st.integers(1, 4), seeds, st.booleans())
+@settings(max_examples=60)
+def test_nnls_against_every_support(k, B, seed, correlated):
+    W = randn(B, k, k + 2, seed=seed)
+    W = W + 3 * W[:, :1] if correlated else W
+    v = randn(B, k + 2, seed=seed + 1) + W.sum(1) * 0.5
+    G, h = W @ W.mT + 1e-9 * torch.eye(k, dtype=W.dtype), (W @ v[:, :, None])[:, :, 0]
+    z = evals.nnls(G, h)
+    value = lambda z, b: (z @ G[b] @ z / 2 - h[b] @ z).item()
+    assert (z >= 0).all()
+    for b in range(B):
+        best = 0.0
+        for support in range(1, 2**k):
+            s = [i for i in range(k) if support >> i & 1]
+            on = torch.zeros(k, dtype=W.dtype)
+            on[s] = torch.linalg.solve(G[b][s][:, s], h[b][s])
+            best = min(best, value(on, b)) if (on >= 0).all() else best
+        assert value(z[b], b) <= best + 1e-8 * (1 + abs(best))
+
+
+def test_refinement_finds_a_planted_shrinkage():
+    x = randn(5, 40, 6, dtype=torch.float32)
+    fair = evals.refinement(Everything.make(6), x)
+    assert fair["ratio"] == pytest.approx(1, abs=1e-5) and fair["nmse"] < 1e-10
+    m = Everything.make(6)
+    with torch.no_grad():
+        m.W_enc *= 0.8
+    shrunk = evals.refinement(m, x)
+    assert shrunk["ratio"] == pytest.approx(1.25, rel=1e-4) and shrunk["ratio_median"] == pytest.approx(1.25, rel=1e-4)
+    assert shrunk["nmse"] == pytest.approx(evals.reconstruction(m, x)["nmse"], rel=1e-4) and shrunk["nmse_refined"] < 1e-8 and shrunk["gain"] > 0.999
+    # two active latents with one and the same direction: any split is as good, the least change is taken
+    m = S.SAE(6, 12, 12)
+    with torch.no_grad():
+        m.W_dec[1] = m.W_dec[0]
+        m.W_enc.copy_(m.W_dec)
+    assert all(math.isfinite(v) for v in evals.refinement(m, x).values())
+
+
+# Scaling laws.
+
+GPT4 = {"alpha": -0.50, "beta_k": 0.26, "beta_n": -0.017, "gamma": -0.042, "zeta": -1.32, "eta": -0.085}
+STEEP = {"alpha": 1.0, "beta_k": -0.5, "beta_n": -0.3, "gamma": 0.01, "zeta": -3.0, "eta": -0.1}
+
+
+def law(p, n, k):
+    return math.exp(p["alpha"] + p["beta_k"] * math.log(k) + p["beta_n"] * math.log(n) + p["gamma"] * math.log(k) * math.log(n)) + math.exp(p["zeta"] + p["eta"] * math.log(k))
+
+
+@pytest.mark.parametrize("planted", [GPT4, STEEP])
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_scaling_law_recovers_planted_constants(planted, noise):
+    rng = np.random.default_rng(0)
+    runs = [{"n_latents": 2**i, "k": 2**j, "nmse": law(planted, 2**i, 2**j) * math.exp(noise * rng.standard_normal())} for i in range(10, 25) for j in range(3, 10)]
+    fit = evals.fit_scaling_law(runs)
+    for name, value in planted.items():
+        assert fit[name] == pytest.approx(value, abs=1e-5 if not noise else 4 * fit[name + "_se"])
+        assert not noise or fit[name + "_se"] < 0.5 * abs(value) + 0.05
+    assert fit["r2"] > 0.999 and fit["r2_without"] < fit["r2"] and fit["delta_aic"] > 10 and fit["runs"] == 105
+
+
+def test_scaling_law_does_not_need_what_is_not_there():
+    runs = [{"n_latents": n, "k": k, "nmse": math.exp(0.3 - 0.2 * math.log(n) - 0.1 * math.log(k))} for n in (256, 512, 1024, 4096) for k in (8, 16, 32)]
+    rng = np.random.default_rng(0)
+    for r in runs:
+        r["nmse"] *= math.exp(0.01 * rng.standard_normal())
+    fit = evals.fit_scaling_law(runs)
+    assert fit["delta_aic"] < 10 and fit["r2_without"] > 0.99
+
+
+def test_scaling_law_refuses_too_few_runs():
+    runs = [{"n_latents": 2**i, "k": 8 if i % 2 else 16, "nmse": 0.1} for i in range(5)]
+    with pytest.raises(harvest.UserError, match="6 parameters, and there are 5 runs"):
+        evals.fit_scaling_law(runs)
+    with pytest.raises(harvest.UserError, match="two k"):
+        evals.fit_scaling_law([{"n_latents": 2**i, "k": 8, "nmse": 1 / (i + 1)} for i in range(9)])
+    with pytest.raises(harvest.UserError, match="3 parameters"):
+        evals.fit_power_law([1, 2], [0.5, 0.4])
+
+
+def test_power_law_recovers_planted_constants():
+    x = np.logspace(-6, 0, 20)
+    fit = evals.fit_power_law(x, 0.09 + 0.056 * x**-0.084)  # GPT-4's L(C)
+    assert fit["b"] == pytest.approx(-0.084, rel=1e-3) and fit["floor"] == pytest.approx(0.09, rel=1e-3) and math.exp(fit["a"]) == pytest.approx(0.056, rel=1e-3)
+
+
+# All of them together.
+
+
+@given(seeds)
+@settings(max_examples=2)
+def test_metrics_do_not_depend_on_the_order_of_latents(model_file, acts_dir, seed):
+    model, encoding = harvest.load_model(str(model_file))
+    tokens, x = harvest.Acts(acts_dir, "val")[np.arange(30)]
+    x, place = x.float(), (1, "resid_post_mlp")
+    m, p, order = *(make_sae(16, 40, 3, dtype=torch.float32) for _ in range(2)), torch.randperm(40, generator=gen(seed))
+    with torch.no_grad():
+        for w in (p.W_enc, p.W_dec, p.b_enc):
+            w.copy_(w[order])
+
+    def explained(sae):
+        found = evals.explain(sae, model, tokens[:15], x[:15], *place, PAD, examples=4)
+        measured = evals.n2g(sae, found, tokens[15:], x[15:], examples=4)
+        return {key: v for key, v in measured.items() if key != "per_latent"} | evals.explanation_reconstruction(sae, model, found, tokens[:15], x[:15], tokens[15:], *place)
+
+    metrics = {
+        "reconstruction": lambda sae: evals.reconstruction(sae, x),
+        "memorization": lambda sae: evals.memorization(sae, x[:15], x[15:]),
+        "density": lambda sae: {k: v for k, v in evals.density(sae, x.flatten(0, 1)).items() if not isinstance(v, dict)},
+        "densest": lambda sae: evals.dense_latents(sae, x, tokens, top=1)["densest"][0] | {"latent": 0},
+        "positions": lambda sae: evals.positions(sae, x),
+        "downstream": lambda sae: evals.downstream(sae, model, tokens, *place),
+        "test_time_k": lambda sae: evals.test_time_k(sae, x, model, tokens, *place),
+        "fixed_threshold": lambda sae: evals.fixed_threshold(sae, x[:15], x[15:], model, tokens, *place),
+        "probes": lambda sae: {k: v for k, v in evals.probes(sae, evals.token_tasks(sae, x, tokens, encoding, least=8)).items() if k != "per_task"},
+        "n2g": explained,
+        "ablation_sparsity": lambda sae: evals.ablation_sparsity(sae, model, tokens, *place, T=4, samples=3),
+        "refinement": lambda sae: evals.refinement(sae, x),
+    }
+    assert {"densest" if name == "dense_latents" else name for name in evals.QUICK + evals.SLOW} - {"explanation_reconstruction"} == metrics.keys()
+    for name, metric in metrics.items():
+        a, b = metric(m), metric(p)
+        for key in a:
+            assert a[key] == b[key] if a[key] is None or isinstance(a[key], str) else a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6, nan_ok=True), (name, key)
 
 
 # ---------------------------------------------------------------------------------- the command line
@@ -1003,7 +1490,7 @@ def test_end_to_end_in_subprocesses(tmp_path, model_file, text_file):
         assert r.returncode == 0, r.stderr
     assert "NMSE, held-out" in r.stdout and "ΔCE" in r.stdout and str(model_file) in r.stdout
     results = json.loads((tmp_path / "runs/x/evals.json").read_text())
-    assert 0 < results["held_out"]["nmse"] < 1.5 and results["held_out"]["l0"] <= 4
+    assert 0 < results["reconstruction"]["nmse"] < 1.5 and results["reconstruction"]["l0"] <= 4
     assert {"config.json", "log.jsonl", "checkpoint.pt", "sae.pt", "evals.json"} <= {f.name for f in (tmp_path / "runs/x").iterdir()}
 
 
@@ -1030,7 +1517,7 @@ def test_evaluating_an_openai_autoencoder(tmp_path, model_file, text_file, run_d
     code, err = run(evals.main, [tmp_path / "8.pt", "--model", model_file, "--text", text_file, "--layer", 2, "--device", "cpu"], capsys)
     assert code == 0, err
     evals.main([str(run_dir), "--device", "cpu"])
-    a, b = (json.loads(f.read_text())["held_out"]["nmse"] for f in (tmp_path / "8.evals.json", run_dir / "evals.json"))
+    a, b = (json.loads(f.read_text())["reconstruction"]["nmse"] for f in (tmp_path / "8.evals.json", run_dir / "evals.json"))
     assert a == pytest.approx(b, rel=0.15)  # other contexts of the same documents
     # results are kept for a second call, but never taken for those of another file
     before = (tmp_path / "8.evals.json").read_text()
@@ -1040,7 +1527,7 @@ def test_evaluating_an_openai_autoencoder(tmp_path, model_file, text_file, run_d
     theirs["encoder.weight"] = torch.zeros_like(ours.W_enc)
     torch.save({k: v.detach() for k, v in theirs.items()} | {"activation": "TopK", "activation_state_dict": {"k": 4, "postact_fn": "ReLU"}}, tmp_path / "8.pt")
     evals.main(argv)
-    assert json.loads((tmp_path / "8.evals.json").read_text())["held_out"]["nmse"] > 2 * a
+    assert json.loads((tmp_path / "8.evals.json").read_text())["reconstruction"]["nmse"] > 2 * a
 
 
 @pytest.mark.parametrize("script", ["harvest", "sae", "evals"])
