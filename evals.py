@@ -30,6 +30,7 @@ import json
 import math
 import sys
 import time
+from array import array
 from collections import defaultdict
 from pathlib import Path
 
@@ -262,7 +263,7 @@ def test_time_k(sae, x, model, tokens, layer, site, k=None):
         found = reconstruction(sae, x, code) | mean_and_error("delta_ce", per[f"delta_{k_}"])
         for key in out.keys() - {"at"}:
             out[key].append(found[key])
-    return out | {"tokens": found["tokens"]}
+    return out | {"tokens": found["tokens"], "contexts": len(tokens)}
 
 
 def encode_above(sae, u, theta):
@@ -280,10 +281,13 @@ def calibrate_threshold(sae, u):
     """θ at which the mean L0 of J_θ on u (N, d) is k: the value that k N of the N n pre-activations exceed. Exact."""
     width = min(4 * sae.k, sae.n_latents)
     while True:
-        values = torch.cat([sae.encode(chunk, width)[0] for chunk in u.split(CHUNK)])
-        theta = values.flatten().kthvalue(max(1, values.numel() - sae.k * len(u))).values
+        parts = [sae.encode(chunk, width)[0] for chunk in u.split(CHUNK)]
+        widest = max(v.shape[1] for v in parts)  # with width = n they may differ
+        values = torch.cat([F.pad(v, (0, widest - v.shape[1])) for v in parts])
+        rank = values.numel() - sae.k * len(u)
+        theta = values.flatten().kthvalue(rank).values.item() if rank > 0 else 0.0
         if width == sae.n_latents or theta >= values.amin(1).max():  # no row had more above θ than it could show
-            return theta.item()
+            return theta
         width = min(2 * width, sae.n_latents)
 
 
@@ -292,7 +296,7 @@ def fixed_threshold(sae, train, x, model, tokens, layer, site):
     theta = calibrate_threshold(sae, unit(sae, train.flatten(0, 1)))
     code = lambda u: encode_above(sae, u, theta)
     per = patched_losses(model, tokens, layer, site, {"theta": with_code(sae, code)}, "fixed threshold")
-    return {"theta": theta} | reconstruction(sae, x, code) | mean_and_error("delta_ce", per["delta_theta"])
+    return {"theta": theta} | reconstruction(sae, x, code) | mean_and_error("delta_ce", per["delta_theta"]) | {"contexts": len(tokens)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -520,10 +524,7 @@ class N2G:
         self.patterns = [(pattern, float(np.mean(a))) for pattern, a in acts.items()]
         self.trie = {}
         for pattern, act in self.patterns:
-            node = self.trie
-            for token in reversed(pattern):
-                node = node.setdefault(token, {})
-            node[END] = act
+            insert(self.trie, pattern)[END] = act
 
     @classmethod
     def build(cls, acts_fn, examples, pad):
@@ -533,19 +534,8 @@ class N2G:
         return cls([pattern for pattern in found.values() if pattern])
 
     def at(self, tokens, t):
-        """The activation predicted at position t: of the longest pattern that ends there, exact tokens before wildcards; else 0.
-
-        Unlike the released code this backtracks: where an exact token leads to a dead end, a wildcard beside it is still tried.
-        """
-        stack = [(self.trie, t)]
-        while stack:
-            node, t = stack.pop()
-            if isinstance(node, float):
-                return node
-            for key in (END, WILDCARD, tokens[t]) if t >= 0 else (END, START):  # the last one pushed is tried first
-                if key in node:
-                    stack.append((node[key], t - 1))
-        return 0.0
+        """The activation predicted at position t: of the longest pattern that ends there, exact tokens before wildcards; else 0."""
+        return next(matches(self.trie, tokens, t), 0.0)
 
     def predict(self, tokens):
         """token ids -> predicted activations, one per position."""
@@ -556,6 +546,31 @@ class N2G:
         """The patterns as text, strongest first: ^ for the start of the context, * for any token."""
         show = lambda t: {WILDCARD: "*", START: "^"}.get(t) or json.dumps(encoding.decode([t]), ensure_ascii=False)
         return [f"{' '.join(map(show, pattern))}  ({act:.3f})" for pattern, act in sorted(self.patterns, key=lambda p: -p[1])]
+
+
+def insert(trie, pattern):
+    """The node of a trie that `pattern` leads to, made if it is not there."""
+    for token in reversed(pattern):
+        trie = trie.setdefault(token, {})
+    return trie
+
+
+def matches(trie, tokens, t):
+    """What stands at END of every pattern in the trie that ends at position t: the exact token before the wildcard, longer before shorter.
+
+    Unlike the released code this backtracks: where an exact token leads to a dead end, a wildcard beside it is still tried.
+    """
+    stack = [(trie, t)]
+    while stack:
+        node, t = stack.pop()
+        if t is None:
+            yield node
+            continue
+        if END in node:
+            stack.append((node[END], None))
+        for key in (WILDCARD, tokens[t]) if t >= 0 else (START,):  # the last one pushed is tried first
+            if key in node:
+                stack.append((node[key], t - 1))
 
 
 def find_pattern(tokens, pad):
@@ -604,23 +619,21 @@ def last_token_acts(sae, model, layer, site, asked, batch_tokens):
 
     Equal questions of different latents are run through the model once.
     """
-    rows = {}
-    for _, tokens in asked:
-        rows.setdefault(tuple(tokens), len(rows))
-    order = sorted(rows, key=len)
-    codes, start = [], 0
+    order = sorted({tuple(tokens) for _, tokens in asked}, key=len)
+    place = {tokens: i for i, tokens in enumerate(order)}
+    row, latent = torch.tensor([place[tuple(tokens)] for _, tokens in asked]), torch.tensor([key[0] for key, _ in asked])
+    row, by_row = row.sort(stable=True)
+    answers, start = torch.zeros(len(asked)), 0
     while start < len(order):
         count = max(1, batch_tokens // len(order[min(start + batch_tokens // len(order[start]), len(order)) - 1]))
         tokens, lengths = pad_right(order[start : start + count])
         acts = harvest.activations(model, tokens, layer, site, len(tokens))
-        codes.append([c.cpu() for c in sae.encode(unit(sae, acts[torch.arange(len(tokens)), lengths - 1]))])
+        values, indices = (c.cpu() for c in sae.encode(unit(sae, acts[torch.arange(len(tokens)), lengths - 1])))
+        some = slice(*torch.searchsorted(row, torch.tensor([start, start + count])).tolist())
+        for r, which in zip(row[some].split(2**16), by_row[some].split(2**16)):
+            answers[which] = (values[r - start] * (indices[r - start] == latent[which][:, None])).sum(1).float()
         start += count
-    width = max(values.shape[1] for values, _ in codes)
-    values, indices = (torch.cat([F.pad(c, (0, width - c.shape[1])) for c in part]) for part in zip(*codes))
-    place = {tokens: i for i, tokens in enumerate(order)}
-    row = torch.tensor([place[tuple(tokens)] for _, tokens in asked])
-    latent = torch.tensor([key[0] for key, _ in asked])[:, None]
-    return torch.cat([(values[r] * (indices[r] == i)).sum(1) for r, i in zip(row.split(2**16), latent.split(2**16))]).tolist()
+    return answers.tolist()
 
 
 @torch.no_grad()
@@ -656,7 +669,7 @@ def explain(sae, model, tokens, x, layer, site, pad, most=2048, examples=16, see
     for i in latents:
         chosen = where[i][torch.randperm(len(where[i]), generator=torch.Generator().manual_seed(seed))[:examples]]
         jobs += [(i, int(p)) for p in chosen]
-    patterns, block = {i: [] for i in latents}, 256 * examples
+    patterns, block = {i: [] for i in latents}, max(16, 2**24 // T**2)  # bounds the questions in flight
     progress = Progress(len(jobs), "n2g", " examples")
     ask = lambda asked: last_token_acts(sae, model, layer, site, asked, 2**18 if model.device.type == "cuda" else 2**13)
     for start in range(0, len(jobs), block):
@@ -671,20 +684,24 @@ def explain(sae, model, tokens, x, layer, site, pad, most=2048, examples=16, see
 
 def simulate(explanations, tokens):
     """What the explanations predict on tokens (C, T) -> (latent, token, value), each (P): token numbers the flattened C T."""
-    by_last = defaultdict(list)  # only patterns that end in this token, or in a wildcard, can match
+    trie = {}  # one for all: END holds {latent: activation}
     for i, e in explanations.items():
-        for key in e.trie:
-            by_last[key].append((i, e))
-    found, T = [], tokens.shape[1]
+        for pattern, act in e.patterns:
+            insert(trie, pattern).setdefault(END, {})[i] = act
+    found, T = (array("q"), array("q"), array("f")), tokens.shape[1]
     progress = Progress(len(tokens), "simulate", " contexts")
     for c, row in enumerate(tokens.tolist()):
-        for t, token in enumerate(row):
-            candidates = by_last[token] + [(i, e) for i, e in by_last[WILDCARD] if token not in e.trie]
-            found += [(i, c * T + t, value) for i, e in candidates if (value := e.at(row, t))]
+        for t in range(T):
+            first = {}  # the first match of each latent counts
+            for leaf in matches(trie, row, t):
+                for i, act in leaf.items():
+                    first.setdefault(i, act)
+            for column, part in zip(found, (first.keys(), [c * T + t] * len(first), first.values())):
+                column.extend(part)
         progress(c + 1)
     progress.finish()
-    latent, at, value = zip(*found) if found else ((), (), ())
-    return torch.tensor(latent, dtype=torch.long), torch.tensor(at, dtype=torch.long), torch.tensor(value)
+    latent, at, value = (torch.from_numpy(np.array(column)) for column in found)
+    return latent[value > 0], at[value > 0], value[value > 0]
 
 
 def n2g(sae, explanations, tokens, x, contexts=512, examples=16, seed=0):
@@ -787,7 +804,7 @@ def ablation_sparsity(sae, model, tokens, layer, site, T=16, samples=64, directi
                  "random": lines * (lines @ act)[:, None]}  # fmt: skip
         for name, part in parts.items():
             shares = []
-            for some in part.split(max(1, 2**25 // (model.config.n_vocab * row.shape[1]))):
+            for some in part.split(max(1, 2**25 // (model.config.n_vocab * row.shape[1]))) if len(part) else ():
 
                 def edit(a, some=some):
                     return torch.cat([a[:, :at], (a[:, at] - some.to(a))[:, None], a[:, at + 1 :]], 1)
@@ -802,8 +819,8 @@ def ablation_sparsity(sae, model, tokens, layer, site, T=16, samples=64, directi
         progress(sample + 1)
     progress.finish()
     out = {}
-    for name, shares in found.items():
-        out |= mean_and_error(name, shares)
+    for name in ("latents", "channels", "random"):
+        out |= mean_and_error(name, found[name]) | mean_and_error(name + "_here", found[name + "_here"])
     return out | {"samples": samples, "ablations": effects}
 
 
@@ -811,30 +828,33 @@ def ablation_sparsity(sae, model, tokens, layer, site, T=16, samples=64, directi
 # Shrinkage, section 5.1: with decoder and support fixed, do the best activations differ from those of the encoder?
 
 
-def nnls(G, h, sweeps=200):
-    """Batched non-negative least squares: argmin over z >= 0 of z'Gz / 2 - h'z, G (B, k, k) positive definite, h (B, k) -> z (B, k).
+def nnls(G, h, z0, sweeps=100):
+    """Batched non-negative least squares: argmin over z >= 0 of z'Gz / 2 - h'z, G (B, k, k) positive definite, h, z0 (B, k) -> z (B, k).
 
     Block principal pivoting (Kim and Park 2011): all coordinates of the wrong sign change sides at once; where that stops
-    helping, only the last of them, which is sure to end. Rows that are not done after `sweeps` are clamped at zero.
+    helping, only the last of them. Rows that are not done after so many sweeps (k near or above the rank of G) go downhill from
+    z0 one coordinate at a time instead, which never ends higher than it began.
     """
-    eye, tol = torch.eye(h.shape[1]).to(h), 1e-10 * (1 + h.abs().amax(1, keepdim=True))
-    free = h > 0
-    z = torch.zeros_like(h)
-    left, fewest, patience = torch.arange(len(h), device=h.device), torch.full((len(h),), h.shape[1] + 1, device=h.device), torch.full((len(h),), 3, device=h.device)
+    B, k = h.shape
+    eye, tol = torch.eye(k).to(h), 1e-10 * (1 + h.abs().amax(1, keepdim=True))
+    z, free, left = z0.clone(), h > 0, torch.arange(B, device=h.device)
+    fewest, patience = torch.full((B,), k + 1, device=h.device), torch.full((B,), 3, device=h.device)
     for _ in range(sweeps):
-        F_, G_, h_ = free[left], G[left], h[left]
-        z_ = torch.linalg.solve(torch.where(F_[:, :, None] & F_[:, None, :], G_, eye), (h_ * F_)[:, :, None])[:, :, 0]
-        wrong = torch.where(F_, z_ < -tol[left], (G_ @ z_[:, :, None])[:, :, 0] - h_ < -tol[left])
-        z[left] = z_.clamp_min(0)
+        on, G_, h_ = free[left], G[left], h[left]
+        z_ = torch.linalg.solve(torch.where(on[:, :, None] & on[:, None, :], G_, eye), (h_ * on)[:, :, None])[:, :, 0]
+        wrong = torch.where(on, z_, (G_ @ z_[:, :, None])[:, :, 0] - h_) < -tol[left]
         count = wrong.sum(1)
-        improved = count < fewest[left]
+        z[left[count == 0]] = z_[count == 0].clamp_min(0)
+        patience[left] = torch.where(count < fewest[left], 3, patience[left] - 1)
         fewest[left] = torch.minimum(count, fewest[left])
-        patience[left] = torch.where(improved, 3, patience[left] - 1)
         last = wrong & (wrong.flip(1).cumsum(1).flip(1) == 1)
-        free[left] = F_ ^ torch.where((patience[left] > 0)[:, None], wrong, last)
+        free[left] = on ^ torch.where((patience[left] > 0)[:, None], wrong, last)
         left = left[count > 0]
         if not len(left):
-            break
+            return z
+    for _ in range(500):
+        for j in range(k):
+            z[left, j] = (z[left, j] - ((G[left, j] * z[left]).sum(1) - h[left, j]) / G[left, j, j]).clamp_min(0)
     return z
 
 
@@ -847,7 +867,7 @@ def refinement(sae, x, ridge=1e-9):
     values, only decides where the active decoder rows are linearly dependent.
     """
     before, after, original, refined, ratios, total, square = [], [], [], [], [], 0.0, 0.0
-    W, progress, N = sae.W_dec.detach().double(), Progress(len(x), "refinement", " contexts"), x.shape[0] * x.shape[1]
+    progress, N = Progress(len(x), "refinement", " contexts"), x.shape[0] * x.shape[1]
     for done, context in enumerate(x.split(max(1, 1024 // x.shape[1]))):
         u = unit(sae, context.flatten(0, 1))
         values, indices = sae.encode(u)
@@ -855,9 +875,9 @@ def refinement(sae, x, ridge=1e-9):
         rows = max(1, 2**22 // (z.shape[1] * (z.shape[1] + sae.d_model)))
         new = []
         for v_, z_, i in zip(v.split(rows), z.split(rows), indices.split(rows)):
-            W_, on = W[i], z_ > 0  # (rows, k, d)
+            W_, on = sae.W_dec[i].double(), z_ > 0  # (rows, k, d)
             G = (W_ @ W_.mT) * (on[:, :, None] & on[:, None, :]) + torch.diag_embed(ridge + (~on).double())
-            new.append(nnls(G, ((W_ @ v_[:, :, None])[:, :, 0] + ridge * z_) * on))
+            new.append(nnls(G, ((W_ @ v_[:, :, None])[:, :, 0] + ridge * z_) * on, z_))
             for code, out in ((z_, before), (new[-1], after)):
                 out.append((v_ - (code[:, None] @ W_)[:, 0]).square().sum(1))
         new = torch.cat(new)
@@ -926,7 +946,7 @@ def fit_scaling_law(runs):
     """L(n, k) = exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k) through runs: dicts with n_latents, k, nmse.
 
     Returns alpha beta_k beta_n gamma zeta eta, their standard errors (`_se`), r2 (of ln L), rmse (of ln L), the same for the fit
-    without the irreducible second term (r2_without, rmse_without) and delta_aic, the evidence for it (positive: needed).
+    without the irreducible second term (r2_without, rmse_without) and delta_aic (AICc, small-sample), the evidence for it (positive: needed; nan with fewer than 9 runs).
     Raises UserError for fewer runs than parameters, or where n or k do not vary enough.
     """
     names = ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")
@@ -941,8 +961,9 @@ def fit_scaling_law(runs):
     _, _, r2_without, rss_without = fit_exponentials([first], loss)
     out = dict(zip(names, theta.tolist())) | {name + "_se": e for name, e in zip(names, errors.tolist())}
     R = len(runs)
+    aicc = lambda rss, p: R * math.log(max(rss, 1e-300)) + 2 * p + 2 * p * (p + 1) / (R - p - 1) if R > p + 1 else math.nan  # p counts the variance too
     return out | {"r2": r2, "rmse": math.sqrt(rss / R), "r2_without": r2_without, "rmse_without": math.sqrt(rss_without / R),
-                  "delta_aic": R * math.log(max(rss_without, 1e-300) / max(rss, 1e-300)) - 4, "runs": R}  # fmt: skip
+                  "delta_aic": aicc(rss_without, 5) - aicc(rss, 7), "runs": R}  # fmt: skip
 
 
 def fit_power_law(x, loss):
@@ -1017,61 +1038,60 @@ def fit_main(paths):
 QUICK = ("reconstruction", "memorization", "density", "dense_latents", "positions", "downstream")
 SLOW = ("refinement", "test_time_k", "fixed_threshold", "probes", "n2g", "explanation_reconstruction", "ablation_sparsity")
 
-ROWS = [  # metric, key, what the table says, unit
-    ("reconstruction", "nmse", "NMSE, held-out", ""),
-    ("reconstruction", "l0", "L0", "latents/token"),
-    ("reconstruction", "norm_ratio", "norm of reconstruction / input", ""),
-    ("memorization", "nmse_train", "NMSE, training text", ""),
-    ("memorization", "gap", "held-out less training NMSE", ""),
-    ("density", "silent", "latents silent on held-out text", "of n"),
-    ("density", "rare", "latents firing on < 1e-4 of tokens", "of n"),
-    ("density", "densest", "densest latent", "of tokens"),
-    ("positions", "nmse_first", "NMSE, first position", ""),
-    ("positions", "nmse_later", "NMSE, later positions", ""),
-    ("positions", "norm_first", "norm of the input, first position", ""),
-    ("positions", "norm_later", "norm of the input, later positions", ""),
-    ("downstream", "ce", "CE of the model itself", "nats/token"),
-    ("downstream", "ce_sae", "CE with the reconstruction", "nats/token"),
-    ("downstream", "delta_ce", "ΔCE", "nats/token"),
-    ("downstream", "kl", "KL(original || patched)", "nats/token"),
-    ("downstream", "ce_mean", "CE, mean ablation", "nats/token"),
-    ("downstream", "ce_zero", "CE, zero ablation", "nats/token"),
-    ("downstream", "recovered_mean", "loss recovered against mean ablation", ""),
-    ("downstream", "recovered_zero", "loss recovered against zero ablation", ""),
-    ("downstream", "compute_equivalent", "compute-equivalent", "of training"),
-    ("refinement", "ratio", "refined / original activations", ""),
-    ("refinement", "ratio_median", "the same, median of single ones", ""),
-    ("refinement", "nmse_refined", "NMSE after refinement", ""),
-    ("refinement", "gain", "share of the error that it removes", ""),
-    ("test_time_k", "nmse", "NMSE at k' = {}", ""),
-    ("test_time_k", "delta_ce", "ΔCE at k' = {}", "nats/token"),
-    ("fixed_threshold", "l0", "L0 at a fixed threshold", "latents/token"),
-    ("fixed_threshold", "nmse", "NMSE at a fixed threshold", ""),
-    ("fixed_threshold", "delta_ce", "ΔCE at a fixed threshold", "nats/token"),
-    ("probes", "held_out", "probe loss, best latent, held-out half", "nats"),
-    ("probes", "loss", "probe loss, best latent, selection half", "nats"),
-    ("probes", "channel_held_out", "probe loss, best channel, held-out half", "nats"),
-    ("probes", "majority", "probe loss, majority", "nats"),
-    ("n2g", "recall", "N2G recall", ""),
-    ("n2g", "precision", "N2G precision", ""),
-    ("explanation_reconstruction", "ce", "CE of the explanations", "nats/token"),
-    ("explanation_reconstruction", "delta_ce", "ΔCE of the explanations", "nats/token"),
-    ("explanation_reconstruction", "ce_without_latents", "CE with no latent at all", "nats/token"),
-    ("explanation_reconstruction", "bigram", "CE of a bigram model", "nats/token"),
-    ("ablation_sparsity", "latents", "logits moved by ablating a latent", "of V T"),
-    ("ablation_sparsity", "channels", "the same, a channel", "of V T"),
-    ("ablation_sparsity", "random", "the same, a random direction", "of V T"),
-    ("ablation_sparsity", "latents_here", "at its own position alone, a latent", "of V"),
-    ("ablation_sparsity", "channels_here", "the same, a channel", "of V"),
-    ("ablation_sparsity", "random_here", "the same, a random direction", "of V"),
-]
+ROWS = [  # metric, key, what the table says, unit, what the sample counts
+    ("reconstruction", "nmse", "NMSE, held-out", "", "tokens"),
+    ("reconstruction", "l0", "L0", "latents/token", "tokens"),
+    ("reconstruction", "norm_ratio", "norm of reconstruction / input", "", "tokens"),
+    ("memorization", "nmse_train", "NMSE, training text", "", "tokens"),
+    ("memorization", "gap", "held-out less training NMSE", "", "tokens"),
+    ("density", "silent", "latents silent on held-out text", "of n", "tokens"),
+    ("density", "rare", "latents firing on < 1e-4 of tokens", "of n", "tokens"),
+    ("density", "densest", "densest latent", "of tokens", "tokens"),
+    ("positions", "nmse_first", "NMSE, first position", "", "contexts"),
+    ("positions", "nmse_later", "NMSE, later positions", "", "contexts"),
+    ("positions", "norm_first", "norm of the input, first position", "", "contexts"),
+    ("positions", "norm_later", "norm of the input, later positions", "", "contexts"),
+    ("downstream", "ce", "CE of the model itself", "nats/token", "tokens"),
+    ("downstream", "ce_sae", "CE with the reconstruction", "nats/token", "tokens"),
+    ("downstream", "delta_ce", "ΔCE", "nats/token", "tokens"),
+    ("downstream", "kl", "KL(original || patched)", "nats/token", "tokens"),
+    ("downstream", "ce_mean", "CE, mean ablation", "nats/token", "tokens"),
+    ("downstream", "ce_zero", "CE, zero ablation", "nats/token", "tokens"),
+    ("downstream", "recovered_mean", "loss recovered against mean ablation", "", "tokens"),
+    ("downstream", "recovered_zero", "loss recovered against zero ablation", "", "tokens"),
+    ("downstream", "compute_equivalent", "compute-equivalent", "of training", "tokens"),
+    ("refinement", "ratio", "refined / original activations", "", "tokens"),
+    ("refinement", "ratio_median", "the same, median of single ones", "", "tokens"),
+    ("refinement", "nmse_refined", "NMSE after refinement", "", "tokens"),
+    ("refinement", "gain", "share of the error that it removes", "", "tokens"),
+    ("test_time_k", "nmse", "NMSE at k' = {}", "", "tokens"),
+    ("test_time_k", "delta_ce", "ΔCE at k' = {}", "nats/token", "contexts"),
+    ("fixed_threshold", "l0", "L0 at a fixed threshold", "latents/token", "tokens"),
+    ("fixed_threshold", "nmse", "NMSE at a fixed threshold", "", "tokens"),
+    ("fixed_threshold", "delta_ce", "ΔCE at a fixed threshold", "nats/token", "contexts"),
+    ("probes", "held_out", "probe loss, best latent, held-out half", "nats", "tasks"),
+    ("probes", "loss", "probe loss, best latent, selection half", "nats", "tasks"),
+    ("probes", "channel_held_out", "probe loss, best channel, held-out half", "nats", "tasks"),
+    ("probes", "majority", "probe loss, majority", "nats", "tasks"),
+    ("n2g", "recall", "N2G recall", "", "latents"),
+    ("n2g", "precision", "N2G precision", "", "latents_with_precision"),
+    ("explanation_reconstruction", "ce", "CE of the explanations", "nats/token", "tokens"),
+    ("explanation_reconstruction", "delta_ce", "ΔCE of the explanations", "nats/token", "tokens"),
+    ("explanation_reconstruction", "ce_without_latents", "CE with no latent at all", "nats/token", "tokens"),
+    ("explanation_reconstruction", "bigram", "CE of a bigram model", "nats/token", "tokens"),
+    ("ablation_sparsity", "latents", "logits moved by ablating a latent", "of V T", "samples"),
+    ("ablation_sparsity", "channels", "the same, a channel", "of V T", "samples"),
+    ("ablation_sparsity", "random", "the same, a random direction", "of V T", "samples"),
+    ("ablation_sparsity", "latents_here", "at its own position alone, a latent", "of V", "samples"),
+    ("ablation_sparsity", "channels_here", "the same, a channel", "of V", "samples"),
+    ("ablation_sparsity", "random_here", "the same, a random direction", "of V", "samples"),]
 
 
 def table(metric, result):
     """One metric's result (dict) -> lines of the table: value, standard error, unit, sample size."""
     lines = []
-    size = next((f"{result[of]:>9,} {of}" for of in ("tokens", "contexts", "tasks", "ablations", "latents") if of in result), "")
-    for key, label, unit_ in (row[1:] for row in ROWS if row[0] == metric and row[1] in result):
+    for key, label, unit_, of in (row[1:] for row in ROWS if row[0] == metric and row[1] in result):
+        size = f"{result[of]:>9,} {of.replace('_', ' ')}"
         several = isinstance(result[key], list)
         values, errors = (result.get(name) if several else [result.get(name)] for name in (key, key + "_se"))
         for at, value, error in zip(result["at"] if several else [""], values, errors):
@@ -1099,6 +1119,12 @@ def load(path, device):
     if not (path / "sae.pt").exists() and (path / "checkpoint.pt").exists():
         raise UserError(f"{path} is not finished; continue it with: python sae.py --resume --out {path} and the options it was started with")
     return SAE.load(path / "sae.pt" if path.is_dir() else path, device), path / "sae.pt", path / "evals.json"
+
+
+def stamp(path):
+    """A local file or folder as something that changes when it does; names such as `stdlib` stay themselves."""
+    path = Path(path)
+    return [str(path), *([path.stat().st_size, path.stat().st_mtime] if path.exists() else [])]
 
 
 def main(argv=None):
@@ -1161,16 +1187,18 @@ def evaluate(run, wanted, a):
         raise UserError(f"{run} is for activations of width {sae.d_model}, these have {where['d_model']}; give its own --model, --layer and --site")
     T, layer, site = where["context"], where["layer"], where["site"]
     n_samples = max(1, n_tokens // T)
-    val_tokens, val = held_out.sample(max(n_tokens, n_contexts * T))
-    chosen, val_tokens, val = val_tokens[:n_contexts], val_tokens[:n_samples], val[:n_samples].float()
-    seen_tokens, seen = train.sample(n_tokens) if train else held_out.sample(2 * n_tokens)  # without training text: the next held-out contexts
-    if not train:
-        seen_tokens, seen = seen_tokens[n_samples:], seen[n_samples:]
-    seen = seen.float()
+    first = max(n_samples, n_contexts)
+    val_tokens, val = held_out.sample((first if train else first + n_samples) * T)
+    if train:  # contexts in the order in which training saw them
+        order = next(harvest.shuffled_blocks(len(train), len(train), trained.get("config", {}).get("seed", 0), 0))[0]
+        seen_tokens, seen = train[order[:n_samples]]
+    else:  # without training text: further held-out contexts
+        seen_tokens, seen = val_tokens[first:], val[first:]
+    chosen, val_tokens, val, seen = val_tokens[:first][:n_contexts], val_tokens[:first][:n_samples], val[:first][:n_samples].float(), seen.float()
 
     kind = f"TopK k = {sae.k}" if sae.k < sae.n_latents else "ReLU"
     about = f"{run}: {where['model']}, layer {layer}, {site}, d = {sae.d_model}, n = {sae.n_latents}, {kind}; text: {where['text']}"
-    settings = {"where": where, "trained": trained, "file": [str(file), file.stat().st_size, file.stat().st_mtime]}
+    settings = {"where": where, "trained": trained, "files": [stamp(path) for path in (file, where["model"], where["text"])]}
     results = {"about": about, "settings": settings}
     # What an earlier call found for the same file and place is kept, so an interrupted evaluation goes on where it stopped.
     earlier = json.loads(out.read_text()) if out.exists() else {}
@@ -1200,9 +1228,10 @@ def evaluate(run, wanted, a):
         _, bigram = harvest.ngram_losses(train.tokens, chosen.numpy(), model.config.n_vocab) if train else (None, None)
         return explanation_reconstruction(sae, model, explanations(), seen_tokens[:n_contexts], seen[:n_contexts], chosen, layer, site, bigram)
 
+    texts = read_tasks(a.probes) if a.probes else None  # complain about a bad file before any work
+
     def run_probes():
-        tasks = text_tasks(sae, model, encoding, read_tasks(a.probes), layer, site, T) if a.probes else token_tasks(sae, val, val_tokens, encoding)
-        return probes(sae, tasks)
+        return probes(sae, text_tasks(sae, model, encoding, texts, layer, site, T) if texts else token_tasks(sae, val, val_tokens, encoding))
 
     k = sae.k if sae.k < sae.n_latents else max(1, round(reconstruction(sae, val[:64])["l0"]))
     metrics = {  # name -> (function, what its result depends on)
@@ -1215,13 +1244,16 @@ def evaluate(run, wanted, a):
         "refinement": (lambda: refinement(sae, val[: max(1, 2**14 // T)]), sizes),
         "test_time_k": (lambda: test_time_k(sae, val[: max(1, 2**14 // T)], model, chosen[:256], layer, site, k), sizes),
         "fixed_threshold": (lambda: fixed_threshold(sae, seen[: max(1, 2**14 // T)], val, model, chosen, layer, site), sizes),
-        "probes": (run_probes, sizes | {"probes": a.probes}),
+        "probes": (run_probes, sizes | {"probes": a.probes and [a.probes, *map(stamp, sorted(Path(a.probes).glob("*.jsonl")))]}),
         "n2g": (run_n2g, sizes | {"latents": a.latents}),
         "explanation_reconstruction": (run_explanations, sizes | {"latents": a.latents}),
         "ablation_sparsity": (lambda: ablation_sparsity(sae, model, chosen, layer, site), sizes),
     }
     without = {} if sae.k < sae.n_latents else {"fixed_threshold": "a ReLU autoencoder has no k to calibrate a threshold for"}
-    without |= {} if train else {"memorization": "the training activations are not at hand"}
+    if not train or Path(train.path) != Path(trained.get("config", {}).get("acts") or ""):
+        without["memorization"] = "the activations it was trained on are not at hand"
+    if not len(seen):
+        without |= dict.fromkeys(("fixed_threshold", "n2g", "explanation_reconstruction"), "the held-out text is too short; give more --text")
     if not a.json:
         print(about)
     for name in wanted:
@@ -1229,8 +1261,13 @@ def evaluate(run, wanted, a):
         if name in without:
             print(f"  {name}: {without[name]}", file=sys.stderr)
             continue
+        depends = json.loads(json.dumps(depends))
         if a.again or results.get(name, {}).get("asked") != depends:
-            results[name] = {"asked": depends} | compute()
+            try:
+                results[name] = {"asked": depends} | compute()
+            except UserError as e:  # too little data for this one: the others go on
+                print(f"  {name}: {e}", file=sys.stderr)
+                continue
             harvest.write_json(out, results)
         if not a.json:
             print("\n".join(table(name, results[name])), flush=True)

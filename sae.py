@@ -396,7 +396,7 @@ def resolve(cfg, d_model, tokens):
         raise ValueError(f"k = {c.k} must be between 1 and n_latents = {c.n_latents}")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     c.tokens = c.tokens or tokens
-    c.batch = c.batch or min(PAPER_BATCH, max(1024, 2 ** round(math.log2(max(c.tokens, 1) / 2000))))
+    c.batch = c.batch or min(PAPER_BATCH, max(1024, 2 ** round(math.log2(max(c.tokens, 1) / 2000))), max(1024, 2**29 // c.n_latents) if c.l1 else PAPER_BATCH)
     steps = c.tokens // c.batch if c.batch > 0 else 0
     if steps < 1:
         raise ValueError(f"{c.tokens:,} tokens are less than one batch of {c.batch:,}; lower --batch or harvest more")

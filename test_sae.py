@@ -430,7 +430,7 @@ def test_invariants_hold_after_every_step(tmp_path, kw):
         assert torch.allclose(t.sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
         radial = torch.linalg.vecdot(t.sae.W_dec.grad, before).abs()
         assert (radial <= 1e-6 * (1 + t.sae.W_dec.grad.norm(dim=1))).all()
-        assert info["l0"] <= 4
+        assert info["l0"] <= (64 if kw.get("l1") else 4)
         if "clip" in kw:
             assert math.sqrt(sum(p.grad.norm() ** 2 for p in t.params)) <= 0.01 * (1 + 1e-5)
 
@@ -1032,16 +1032,19 @@ def test_time_k_at_both_ends(model_file, acts_dir):
     assert r["nmse"][2] == pytest.approx(evals.reconstruction(m, x.float())["nmse"])
 
 
-@given(st.integers(2, 9), st.integers(2, 80), st.integers(1, 5), seeds)
+@given(st.integers(3, 9), st.integers(2, 80), st.integers(1, 5), seeds)
 def test_threshold_keeps_k_on_average(d, n, k, seed):
     k = min(k, n - 1)
     m = make_sae(d, n, k, seed)
     u = S.normalize(randn(50, d, seed=seed + 1))[0]
     u[0] *= 100  # a busy token must not be cut short
-    dense = m.pre_acts(u).detach()
+    dense = to_dense(*(c.detach() for c in m.encode(u, n)), n)
     theta = evals.calibrate_threshold(m, u)
     wanted = min(k * len(u), int((dense > 0).sum()))
     assert (dense > theta).sum() == wanted
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(evals, "CHUNK", 16)
+        assert evals.calibrate_threshold(m, u) == pytest.approx(theta, abs=1e-12)
     values, indices = evals.encode_above(m, u, theta)
     assert torch.allclose(to_dense(values, indices, n), torch.where(dense > theta, dense, 0.0), atol=1e-12)
 
@@ -1055,7 +1058,7 @@ def best_logistic_loss(z, y):
 
     def best_b(w):
         low, high = -1e3 - abs(w) * np.abs(z).max(), 1e3 + abs(w) * np.abs(z).max()
-        for _ in range(80):
+        for _ in range(60):
             b = (low + high) / 2
             g = -(sign * np.exp(-np.logaddexp(0, sign * (w * z + b)))).sum()
             low, high = (low, b) if g > 0 else (b, high)
@@ -1063,14 +1066,14 @@ def best_logistic_loss(z, y):
 
     spread = np.abs(z - np.median(z)).max() + 1e-30
     low, high = -1e4 / spread, 1e4 / spread
-    for _ in range(120):
+    for _ in range(80):
         a, b = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, b) if best_b(a) < best_b(b) else (a, high)
     return best_b((low + high) / 2)
 
 
 @given(st.integers(2, 25), seeds, st.sampled_from(["plain", "ties", "outlier", "shifted", "tiny", "skewed"]))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_newton_finds_the_optimum(N, seed, kind):
     rng = np.random.default_rng(seed)
     z, y = rng.standard_normal((N, 3)), rng.integers(0, 2, N)
@@ -1114,7 +1117,7 @@ def test_probes_find_a_planted_latent():
     r = evals.probes(m, [("planted", u, u, y), ("nothing", u, u, (randn(N, seed=3) > 0).long())])
     t = r["per_task"]["planted"]
     assert t["latent"]["index"] == 17 and t["latent"]["held_out"] < 0.1 < t["channel"]["held_out"] < t["majority"] == pytest.approx(math.log(2), abs=1e-3)
-    assert r["per_task"]["nothing"]["latent"]["held_out"] > 0.6 > r["per_task"]["nothing"]["latent"]["loss"] - 0.09
+    assert r["per_task"]["nothing"]["latent"]["loss"] + 0.005 < r["per_task"]["nothing"]["latent"]["held_out"]
     assert r["held_out"] == pytest.approx(np.mean([t["latent"]["held_out"] for t in r["per_task"].values()])) and r["tasks"] == 2
     with pytest.raises(harvest.UserError, match="tokens"):
         evals.probes(m, [])
@@ -1225,11 +1228,23 @@ def test_n2g_prediction_is_positive_where_any_pattern_fits(patterns, tokens, anc
     assert [v > 0 for v in e.predict(tokens)] == [any(fits(p, t) for p in patterns) for t in range(len(tokens))]
 
 
+@given(seeds, st.integers(1, 5))
+@settings(max_examples=20)
+def test_simulating_many_explanations_at_once_is_predicting_each(seed, latents):
+    rng = np.random.default_rng(seed)
+    pattern = lambda: ([evals.START] if rng.random() < 0.2 else []) + rng.integers(-1, 3, rng.integers(1, 4)).tolist()
+    found = {7 * i: evals.N2G([(pattern(), float(rng.integers(0, 3))) for _ in range(rng.integers(0, 6))]) for i in range(latents)}
+    tokens = torch.from_numpy(rng.integers(0, 3, (3, 6)))
+    latent, at, value = evals.simulate(found, tokens)
+    dense = torch.zeros(7 * latents, 18)
+    dense[latent, at] = value.float()
+    for i, e in found.items():
+        assert dense[i].tolist() == [v for row in tokens for v in e.predict(row)]
+
+
 def token_world(V=12, d=16, T=8):
     """A language model whose activation is the token and nothing else, and an autoencoder with one latent per token."""
     model = harvest.GPT2(harvest.GPT2Config(V, T, d, 1, 1)).eval().requires_grad_(False)
-    basis = torch.linalg.qr(randn(d, d, dtype=torch.float32) - 0)[0]
-    basis = torch.linalg.qr(basis - basis.mean(1, keepdim=True))[0]
     basis = torch.linalg.qr(torch.eye(d) - 1 / d)[0][:, : d - 1].T  # orthonormal, zero mean
     for p in model.h.parameters():
         p.zero_()
@@ -1253,7 +1268,7 @@ def test_a_latent_for_one_token_is_explained_perfectly():
     assert r["precision"] == r["recall"] == 1 and r["latents"] == 12 and r["skipped"] == 0
     assert evals.n2g(sae, found, tokens[:2], x[:2], examples=2)["skipped"] > 0
     full = evals.explanation_reconstruction(sae, model, found, tokens[:40], x[:40], tokens[40:], 0, "resid_post_mlp", bigram=2.0)
-    assert abs(full["delta_ce"]) < 1e-4 and full["ce_without_latents"] > full["ce"] and full["explained"] == 12 and full["bigram"] == 2.0
+    assert abs(full["delta_ce"]) < 1e-4 and abs(full["ce_without_latents"] - full["ce"]) > 1 and full["explained"] == 12 and full["bigram"] == 2.0
     none = evals.explanation_reconstruction(sae, model, {}, tokens[:40], x[:40], tokens[40:], 0, "resid_post_mlp")
     assert none["ce"] == none["ce_without_latents"] and none["explained"] == 0
     # predictions of any size are scaled back to the activations by E[s a] / E[s^2]
@@ -1262,7 +1277,7 @@ def test_a_latent_for_one_token_is_explained_perfectly():
     assert scaled["ce"] == pytest.approx(full["ce"], abs=1e-5)
     few = evals.explain(sae, model, tokens[:40], x[:40], 0, "resid_post_mlp", PAD, most=5)
     assert len(few) == 5 and few.keys() == evals.explain(sae, model, tokens[:40], x[:40], 0, "resid_post_mlp", PAD, most=5).keys()
-    assert "3" in evals.explain(sae, model, tokens[:40], x[:40], 0, "resid_post_mlp", PAD)[3].readable(harvest.bpe_encoding([]))[0] or True
+    assert evals.N2G([((evals.START, ord("a"), evals.WILDCARD, 10), 2.0)]).readable(harvest.bpe_encoding([])) == ['^ "a" * "\\n"  (2.000)']
 
 
 def test_last_token_acts_are_the_codes_own(model_file, acts_dir):
@@ -1309,7 +1324,7 @@ def test_ablation_sparsity_against_a_loop(model_file, acts_dir):
             a[0, 0] -= minus
             return a
 
-        delta = (model(row, 1, "resid_post_mlp", edit) - model(row))[0, :T].numpy().astype(np.float64)
+        delta = (model(row, 1, "resid_post_mlp", edit) - model(row))[0, :T].detach().numpy().astype(np.float64)
         delta -= np.sort(delta, 1)[:, (delta.shape[1] - 1) // 2][:, None]
         return np.abs(delta).sum() ** 2 / (delta**2).sum() / delta.size
 
@@ -1318,6 +1333,15 @@ def test_ablation_sparsity_against_a_loop(model_file, acts_dir):
     assert r["latents"] == pytest.approx(np.mean([share(c, 6) for c in latents]), rel=1e-3) and r["ablations"] == len(latents)
     assert r["channels"] == pytest.approx(np.mean([share(c, 6) for c in channels]), rel=1e-3)
     assert r["channels_here"] == pytest.approx(np.mean([share(c, 1) for c in channels]), rel=1e-3)
+
+
+def test_ablation_of_a_token_without_active_latents(model_file, acts_dir):
+    model, _ = harvest.load_model(str(model_file))
+    m = make_sae(16, 30, 4, dtype=torch.float32)
+    with torch.no_grad():
+        m.b_enc.fill_(-100)
+    r = evals.ablation_sparsity(m, model, harvest.Acts(acts_dir, "val")[np.arange(2)][0], 1, "resid_post_mlp", samples=2)
+    assert math.isnan(r["latents"]) and r["ablations"] == 0 and r["channels"] > 0
 
 
 # Shrinkage.
@@ -1330,7 +1354,7 @@ def test_nnls_against_every_support(k, B, seed, correlated):
     W = W + 3 * W[:, :1] if correlated else W
     v = randn(B, k + 2, seed=seed + 1) + W.sum(1) * 0.5
     G, h = W @ W.mT + 1e-9 * torch.eye(k, dtype=W.dtype), (W @ v[:, :, None])[:, :, 0]
-    z = evals.nnls(G, h)
+    z = evals.nnls(G, h, torch.zeros_like(h))
     value = lambda z, b: (z @ G[b] @ z / 2 - h[b] @ z).item()
     assert (z >= 0).all()
     for b in range(B):
@@ -1341,6 +1365,13 @@ def test_nnls_against_every_support(k, B, seed, correlated):
             on[s] = torch.linalg.solve(G[b][s][:, s], h[b][s])
             best = min(best, value(on, b)) if (on >= 0).all() else best
         assert value(z[b], b) <= best + 1e-8 * (1 + abs(best))
+
+
+@pytest.mark.parametrize("d, n, k", [(8, 60, 20), (16, 64, 32), (6, 30, 6)])
+def test_refinement_never_makes_it_worse(d, n, k):
+    # more active latents than dimensions: many supports are as good, and pivoting alone may not end
+    r = evals.refinement(make_sae(d, n, k, dtype=torch.float32), randn(4, 16, d, dtype=torch.float32))
+    assert 0 <= r["nmse_refined"] <= r["nmse"] and r["gain"] >= 0
 
 
 def test_refinement_finds_a_planted_shrinkage():
@@ -1388,8 +1419,9 @@ def test_scaling_law_does_not_need_what_is_not_there():
     rng = np.random.default_rng(0)
     for r in runs:
         r["nmse"] *= math.exp(0.01 * rng.standard_normal())
-    fit = evals.fit_scaling_law(runs)
-    assert fit["delta_aic"] < 10 and fit["r2_without"] > 0.99
+    for some in (runs, runs[:9], runs[:7]):
+        fit = evals.fit_scaling_law(some)
+        assert not fit["delta_aic"] > 10 and fit["r2_without"] > 0.9
 
 
 def test_scaling_law_refuses_too_few_runs():
@@ -1415,7 +1447,7 @@ def test_power_law_recovers_planted_constants():
 @settings(max_examples=2)
 def test_metrics_do_not_depend_on_the_order_of_latents(model_file, acts_dir, seed):
     model, encoding = harvest.load_model(str(model_file))
-    tokens, x = harvest.Acts(acts_dir, "val")[np.arange(30)]
+    tokens, x = harvest.Acts(acts_dir)[np.arange(30)]
     x, place = x.float(), (1, "resid_post_mlp")
     m, p, order = *(make_sae(16, 40, 3, dtype=torch.float32) for _ in range(2)), torch.randperm(40, generator=gen(seed))
     with torch.no_grad():
@@ -1524,10 +1556,100 @@ def test_evaluating_an_openai_autoencoder(tmp_path, model_file, text_file, run_d
     argv = [str(tmp_path / "8.pt"), "--model", str(model_file), "--text", str(text_file), "--layer", "2", "--device", "cpu"]
     evals.main(argv)
     assert (tmp_path / "8.evals.json").read_text() == before
+    few = tmp_path / "few.jsonl"  # so little text that nothing is left beside what is measured
+    few.write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCS[:12]))
+    code, err = run(evals.main, [tmp_path / "8.pt", "--model", model_file, "--text", few, "--layer", 2, "--device", "cpu", "--all"], capsys)
+    assert code == 0 and "n2g: the held-out text is too short" in err and "memorization: the activations it was trained on" in err
+    evals.main(argv)
     theirs["encoder.weight"] = torch.zeros_like(ours.W_enc)
     torch.save({k: v.detach() for k, v in theirs.items()} | {"activation": "TopK", "activation_state_dict": {"k": 4, "postact_fn": "ReLU"}}, tmp_path / "8.pt")
     evals.main(argv)
     assert json.loads((tmp_path / "8.evals.json").read_text())["reconstruction"]["nmse"] > 2 * a
+
+
+def test_all_metrics_from_the_command_line_and_only_what_is_missing(run_dir, acts_dir, capsys, monkeypatch):
+    file, n2g = run_dir / "evals.json", run_dir / "n2g.json"
+    evals.main([str(run_dir), "--device", "cpu", "--only", "density,refinement"])
+    assert set(json.loads(file.read_text())) >= {"density", "refinement"} and "refined / original" in capsys.readouterr().out
+    # an interruption in the middle loses nothing of what was finished
+    monkeypatch.setattr(evals, "probes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    code, _ = run(evals.main, [run_dir, "--device", "cpu", "--all"], capsys)
+    assert code == 130 and {"downstream", "test_time_k", "fixed_threshold"} <= json.loads(file.read_text()).keys()
+    monkeypatch.undo()
+    before = json.loads(file.read_text())
+    monkeypatch.setattr(evals, "downstream", None), monkeypatch.setattr(evals, "fixed_threshold", None)  # neither is computed again
+    evals.main([str(run_dir), "--device", "cpu", "--all"])
+    out, results = capsys.readouterr().out, json.loads(file.read_text())
+    assert {*evals.QUICK, *evals.SLOW} <= results.keys() and all(results[name] == before[name] for name in before)
+    for text in ("N2G recall", "ΔCE at k' = 16", "probe loss, best channel", "at its own position alone", "CE of a bigram model", "± ", "latents explained"):
+        assert text in out
+    patterns = {int(i): e["patterns"] for i, e in json.loads(n2g.read_text())["latents"].items()}
+    assert len(patterns) == results["n2g"]["explained"] > 0
+    monkeypatch.undo()
+    # other settings: only what depends on them
+    monkeypatch.setattr(evals, "explain", lambda *a: {i: evals.N2G(p) for i, p in list(patterns.items())[:1]})
+    monkeypatch.setattr(evals, "ablation_sparsity", None)
+    evals.main([str(run_dir), "--device", "cpu", "--only", "n2g,ablation_sparsity", "--latents", "1"])
+    assert json.loads(file.read_text())["n2g"]["explained"] == 1
+    capsys.readouterr()
+    monkeypatch.undo()
+    evals.main([str(run_dir), "--device", "cpu", "--only", "density", "--json"])
+    assert json.loads(capsys.readouterr().out)["density"] == results["density"]
+    refuses(evals.main, [run_dir, "--only", "densty", "--device", "cpu"], capsys, "no metric densty", "density")
+
+
+def test_relu_baseline_from_the_command_line(tmp_path, acts_dir, capsys):
+    argv = [a for a in TINY if a not in ("--k", 4)] + ["--l1", 0.05, "--acts", acts_dir, "--out", tmp_path / "relu"]
+    assert run(S.main, argv, capsys)[0] == 0
+    sae = S.SAE.load(tmp_path / "relu/sae.pt")
+    assert sae.k == sae.n_latents == 64
+    evals.main([str(tmp_path / "relu"), "--device", "cpu", "--only", "reconstruction,refinement,test_time_k,fixed_threshold,n2g"])
+    out, err = capsys.readouterr()
+    assert "n = 64, ReLU" in out and "fixed_threshold: a ReLU autoencoder" in err
+    r = json.loads((tmp_path / "relu/evals.json").read_text())
+    assert 0 < r["reconstruction"]["l0"] < 64 and max(r["test_time_k"]["at"]) >= 4 and "fixed_threshold" not in r
+    refuses(S.main, [*TINY, "--l1", -1, "--acts", acts_dir], capsys, "--l1")
+    refuses(S.main, [*TINY, "--l1", 1, "--multi_topk", "--acts", acts_dir], capsys, "--multi_topk")
+
+
+def test_probe_files(tmp_path, run_dir, capsys):
+    good = [{"text": f"def f{i}(x)", "label": 0} for i in range(8)] + [{"text": f"{i} {i} {i}", "label": 1} for i in range(8)]
+    lines = [json.dumps(r) for r in good]
+    base, file = [run_dir, "--only", "probes", "--device", "cpu", "--probes", tmp_path], tmp_path / "task.jsonl"
+    refuses(evals.main, base, capsys, "holds no NAME.jsonl")
+    for bad, *said in (("{", "task.jsonl, line 3"), ('{"text": "x"}', "line 3"), ("[1]", "line 3"), ('{"text": 3, "label": 1}', "line 3"),
+                       ('{"text": " ", "label": 1}', "line 3", "empty"), ('{"text": "x", "label": 2}', "line 3", "label is 2")):  # fmt: skip
+        file.write_text("\n".join([*lines[:2], bad, *lines[2:]]))
+        refuses(evals.main, base, capsys, *said)
+    file.write_text("\n".join(lines[:8]))
+    refuses(evals.main, base, capsys, "task.jsonl: 8 examples of class 0 and 0 of class 1")
+    file.write_text("\n".join(lines) + "\n\n")
+    assert run(evals.main, base, capsys)[0] == 0
+    r = json.loads((run_dir / "evals.json").read_text())["probes"]
+    assert list(r["per_task"]) == ["task"] and r["per_task"]["task"]["examples"] == 16
+    file.write_text("\n".join(lines[1:]))  # an edited file is read again
+    assert run(evals.main, base, capsys)[0] == 0
+    assert json.loads((run_dir / "evals.json").read_text())["probes"]["per_task"]["task"]["examples"] == 15
+
+
+def test_fit_from_the_command_line(tmp_path, run_dir, capsys):
+    def fake(n, k, nmse, **where):
+        out = tmp_path / f"n{n}_k{k}"
+        m = S.SAE(4, n, k)
+        m.meta = {"nmse": {"ema": nmse}, "tokens": 1000, "config": {}, "model": "toy", **where}
+        m.save(out / "sae.pt")
+        (out / "log.jsonl").write_text("".join(json.dumps({"tokens": t, "val_nmse": nmse * (1 + 10 / t)}) + "\n" for t in (100, 300, 1000)))
+        return out
+
+    runs = [fake(n, k, law(STEEP, n, k)) for n in (64, 128, 256, 512) for k in (4, 8, 16)]
+    evals.main(["--fit", "--json", *map(str, runs), str(tmp_path)])
+    out, err = capsys.readouterr()
+    fit = json.loads(out[out.index("\n{") :])["L(n, k)"]
+    assert all(fit[name] == pytest.approx(value, abs=1e-3) for name, value in STEEP.items()) and "no finished run" in err
+    assert "L(N) at k = 16" in out and "L(C) at k = 16" in out and "R²" in out
+    evals.main(["--fit", *map(str, runs[:4])])
+    assert "6 parameters, and there are 4 runs; nothing is fitted" in capsys.readouterr().out
+    refuses(evals.main, ["--fit", *runs, fake(32, 4, 0.5, model="another")], capsys, "different models")
 
 
 @pytest.mark.parametrize("script", ["harvest", "sae", "evals"])
