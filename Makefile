@@ -1,7 +1,7 @@
 # make run     the whole job on the embedded model: install, harvest, train, evaluate. About ten minutes on two CPU cores.
 # make test    the tests
 # make gpt2    the paper's setting: GPT-2 small, layer 8, n = 32768, k = 32, activations streamed (needs CUDA and a download)
-# make bench   tokens/s of a training step against the encoder product alone
+# make bench   tokens/s of a training step and its parts against the encoder product alone, at three sizes
 # make clean   remove everything generated except the virtual environment and downloads (cache/)
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ gpt2: .venv/ready
 	$(PY) evals.py runs/gpt2_n32768_k32
 
 bench: .venv/ready
-	$(PY) sae.py --n_latents 32768 --k 32 --bench
+	@for n in 32768 131072 524288; do $(PY) sae.py --n_latents $$n --k 32 --bench; done
 
 # Each step is skipped when its result is there, and continues where it was interrupted.
 .venv/ready: requirements.txt

@@ -38,6 +38,7 @@ import time
 import urllib.request
 import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -722,6 +723,15 @@ def shuffled_blocks(n_contexts, block, seed, first):
         yield order[i : i + block], (seed, b)
 
 
+def ahead(iterator):
+    """The same items, each made in a background thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, iterator, None)
+            yield item
+
+
 def read_meta(path):
     """meta.json of a harvested directory. Raises UserError for another kind of file."""
     try:
@@ -800,9 +810,16 @@ class Acts:
         first = start // epoch_tokens * per_epoch + start % epoch_tokens // (block * T)
         skip = start % epoch_tokens % (block * T)
         rest = torch.empty(0, self.d_model, dtype=torch.float16, device=device)
-        for rows, key in shuffled_blocks(len(self), block, seed, first):
+        cuda = torch.device(device).type == "cuda"
+
+        def read(rows, key):
             order = torch.from_numpy(np.random.default_rng((*key, 1)).permutation(len(rows) * T))
-            mixed = self[np.sort(rows)][1].flatten(0, 1).to(device)[order.to(device)][skip:]
+            pair = self[np.sort(rows)][1].flatten(0, 1), order
+            return [t.pin_memory() for t in pair] if cuda else pair
+
+        blocks = (read(*block) for block in shuffled_blocks(len(self), block, seed, first))
+        for acts, order in ahead(blocks) if cuda else blocks:
+            mixed = acts.to(device, non_blocking=True)[order.to(device, non_blocking=True)][skip:]
             rest, skip = torch.cat([rest, mixed]), 0
             while len(rest) >= batch:
                 yield rest[:batch]

@@ -37,6 +37,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the kernels are for CUDA; without Triton their PyTorch twins do the work
+    triton = None
+
 # --------------------------------------------------------------------------------------------------
 # The autoencoder.
 
@@ -210,7 +216,7 @@ def losses(sae, u, scale, dead, k_aux, aux_coef, multi_topk=False, l1=0.0):
     e = u - sae.decode(values, indices)
     nmse = e.square().mean() / scale
     if len(dead):
-        extra = extra + aux_coef * auxk_loss(u, e, sparse_decode(*dead_code, sae.W_dec))
+        extra = extra + aux_coef * auxk_loss(u, e, sparse_decode(*dead_code, sae.W_dec[dead]))
     return nmse + extra, nmse.detach(), values.detach(), indices
 
 
@@ -218,13 +224,25 @@ def losses(sae, u, scale, dead, k_aux, aux_coef, multi_topk=False, l1=0.0):
 # Selection.
 
 
-def topk(x, k, group=64):
-    """x (..., n) -> values and indices (..., k) of the k largest entries of each row: exact, unsorted, like torch.topk but faster.
+def fused(x):
+    """Whether the Triton kernels take x: floats on CUDA, short of double precision."""
+    return triton is not None and x.is_cuda and x.dtype != torch.float64
 
-    The k largest entries lie in the k groups with the largest maxima. One streaming pass finds the maxima; what is left is
-    small, and is searched the same way with smaller groups.
-    """
+
+def topk(x, k):
+    """x (..., n) -> values and indices (..., k) of the k largest entries of each row: exact, unsorted, like torch.topk but faster."""
     n = x.shape[-1]
+    if fused(x) and k < n and max(n // 32, 32 * k) <= 2**15:
+        values, indices = topk_kernel(x.reshape(-1, n), k)
+    else:
+        values, indices = topk_twin(x.reshape(-1, n), k)
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+
+def topk_twin(x, k, group=64):
+    """x (B, n) -> values, indices (B, k). The k largest entries lie in the k groups with the largest maxima. One streaming pass
+    finds the maxima; what is left is small, and is searched the same way with smaller groups."""
+    n = x.shape[1]
     while group > 4 and (n % group or n < 4 * k * group):
         group //= 2
     if group <= 4:
@@ -232,55 +250,96 @@ def topk(x, k, group=64):
     rows = x.reshape(-1, n // group, group)
     # bf16 orders like its bits, read as an integer, as long as it is not negative. Integer maxima are seven times faster on CPU.
     as_bits = x.dtype == torch.bfloat16 and not x.is_cuda
-    maxima = rows.view(torch.int16).amax(-1).view(x.dtype) if as_bits else rows.amax(-1)  # (rows, n / group)
+    maxima = rows.view(torch.int16).amax(-1).view(x.dtype) if as_bits else rows.amax(-1)  # (B, n / group)
     best, groups = maxima.topk(k, sorted=False)
     start = torch.arange(len(rows), device=x.device)[:, None] * (n // group)
     candidates = rows.view(-1, group).index_select(0, (groups + start).flatten()).view(len(rows), k * group)
-    values, j = topk(candidates, k, group // 8)
+    values, j = topk_twin(candidates, k, group // 8)
     indices = groups.gather(1, j // group) * group + j % group
     if as_bits and (unsure := (best < 0).any(1)).any():  # fewer than k groups with a maximum of at least zero
-        values[unsure], indices[unsure] = x.reshape(-1, n)[unsure].topk(k, sorted=False)
-    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+        values[unsure], indices[unsure] = x[unsure].topk(k, sorted=False)
+    return values, indices
 
 
 # --------------------------------------------------------------------------------------------------
-# Sparse linear algebra: three operations, one function each. Nothing of size (B, k, d) is ever made.
+# Sparse linear algebra: three operations. Nothing of size (B, k, d) is ever made. Each has a Triton kernel for CUDA and a twin in
+# plain PyTorch with the same signature for everything else. Where the code is not so sparse (AuxK with few dead latents), a
+# dense product is faster than moving k rows a token.
+
+NARROW = {"cpu": 3, "cuda": 8}  # dense if n is at most so many times k
+
+
+def narrow(indices, n):
+    return n <= NARROW[indices.device.type] * indices.shape[1]
+
+
+def densify(values, indices, n):
+    """The code as a dense matrix: (B, k), (B, k) -> (B, n)."""
+    return values.new_zeros(len(values), n).scatter_add_(1, indices, values)
 
 
 def gather_sum(values, indices, W):
     """out[b] = sum_j values[b, j] W[indices[b, j]]: (B, k), (B, k), (n, d) -> (B, d)."""
-    return F.embedding_bag(indices, W, per_sample_weights=values, mode="sum")
+    if narrow(indices, len(W)):
+        return densify(values, indices, len(W)) @ W
+    return (gather_sum_kernel if fused(W) else gather_sum_twin)(values, indices, W)
 
 
 def gather_dot(G, W, indices):
     """out[b, j] = G[b] . W[indices[b, j]]: (B, d), (n, d), (B, k) -> (B, k)."""
-    B, k = indices.shape
-    starts = torch.arange(0, B * k, k, device=G.device)
-    bag = torch.arange(B, device=G.device).repeat_interleave(k)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(G.contiguous(), W, indices.flatten(), starts, bag, 0).view(B, k)
+    if narrow(indices, len(W)):
+        return (G @ W.T).gather(1, indices)
+    return (gather_dot_kernel if fused(W) else gather_dot_twin)(G.contiguous(), W, indices)
 
 
 def scatter_sum(values, indices, G, n):
     """out[i] = sum of values[b, j] G[b] over all indices[b, j] = i: (B, k), (B, k), (B, d) -> (n, d).
 
-    Pairs are sorted by latent, so that each output row is one bag: no atomics, the same bits every time.
+    Pairs are sorted by latent, so that each output row is one run of them: no atomics, the same bits every time.
     """
-    latents, order = indices.flatten().sort(stable=True)
-    starts = torch.searchsorted(latents, torch.arange(n, device=G.device))
-    return F.embedding_bag(order // indices.shape[1], G.contiguous(), starts, per_sample_weights=values.flatten()[order], mode="sum")
+    if narrow(indices, n):
+        return densify(values, indices, n).T @ G
+    return (scatter_sum_kernel if fused(G) else scatter_sum_twin)(values.flatten(), *by_latent(indices, n), G.contiguous(), indices.shape[1])
+
+
+def by_latent(indices, n):
+    """indices (B, k) -> the B k pairs sorted by latent: order (B k), their numbers, and starts (n + 1), where each latent's begin.
+
+    Kept on the tensor, because a step needs the same order for both weight gradients.
+    """
+    if getattr(indices, "by_latent", (None,))[0] != n:
+        latents, order = indices.flatten().sort(stable=True)
+        indices.by_latent = n, order, torch.searchsorted(latents, torch.arange(n + 1, device=indices.device))
+    return indices.by_latent[1:]
+
+
+def gather_sum_twin(values, indices, W):
+    return F.embedding_bag(indices, W, per_sample_weights=values, mode="sum")
+
+
+def gather_dot_twin(G, W, indices):
+    B, k = indices.shape
+    starts = torch.arange(0, B * k, k, device=G.device)
+    bag = torch.arange(B, device=G.device).repeat_interleave(k)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(G, W, indices.flatten(), starts, bag, 0).view(B, k)
+
+
+def scatter_sum_twin(values, order, starts, G, k):
+    return F.embedding_bag(order // k, G, starts[:-1], per_sample_weights=values[order], mode="sum")
 
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, indices, W_dec):
-        ctx.save_for_backward(values, indices, W_dec)
+        ctx.save_for_backward(values, W_dec)
+        ctx.indices = indices
         return gather_sum(values, indices, W_dec)
 
     @staticmethod
     def backward(ctx, g):
-        values, indices, W_dec = ctx.saved_tensors
-        d_values = gather_dot(g, W_dec, indices) if ctx.needs_input_grad[0] else None
-        d_W_dec = scatter_sum(values, indices, g, len(W_dec)) if ctx.needs_input_grad[2] else None
+        values, W_dec = ctx.saved_tensors
+        d_values = gather_dot(g, W_dec, ctx.indices) if ctx.needs_input_grad[0] else None
+        d_W_dec = scatter_sum(values, ctx.indices, g, len(W_dec)) if ctx.needs_input_grad[2] else None
         return d_values, None, d_W_dec
 
 
@@ -297,34 +356,44 @@ class _SparseEncode(torch.autograd.Function):
     def forward(ctx, u, W_enc, b_enc, b_pre, k, dtype, dead, k_aux):
         dtype, n = dtype or W_enc.dtype, len(W_enc)
         # Rows that are never selected make the number of columns a multiple of 64, as topk likes it.
-        W, b = F.pad(W_enc.to(dtype), (0, 0, 0, -n % 64)), F.pad(b_enc.to(dtype), (0, -n % 64), value=-math.inf)
+        W, b = W_enc.to(dtype), b_enc.to(dtype)
+        if n % 64:
+            W, b = F.pad(W, (0, 0, 0, -n % 64)), F.pad(b, (0, -n % 64), value=-math.inf)
         only_dead = torch.full_like(b, -math.inf).index_fill_(0, dead, 0.0)
+        place = torch.zeros(len(b), dtype=torch.long, device=u.device).index_copy_(0, dead, torch.arange(len(dead), device=u.device))  # of each among the dead
         codes, dead_codes = [], []
         for v in (u - b_pre).to(dtype).split(max(1, DENSE[u.device.type] // n)):
             pre_acts = F.linear(v, W, b)  # (chunk, d) @ (d, n) -> (chunk, n): the one dense product
             active = k if k < n else max(1, int((pre_acts > 0).sum(1).max()))  # k = n: ReLU, as wide as it needs to be
             codes.append(topk(pre_acts, active))
             if 8 * len(dead) > n:
-                dead_codes.append(topk(pre_acts.add_(only_dead), min(k_aux, len(dead))))
+                values, j = topk(pre_acts.add_(only_dead), min(k_aux, len(dead)))
+                dead_codes.append((values, place[j]))
             elif len(dead):
-                values, j = topk(pre_acts.index_select(1, dead), min(k_aux, len(dead)))
-                dead_codes.append((values, dead[j]))
+                dead_codes.append(topk(pre_acts.index_select(1, dead), min(k_aux, len(dead))))
         values, indices = _join(codes, u, n)
-        dead_values, dead_indices = _join(dead_codes, u, n) if len(dead) else (u.new_empty(len(u), 0), dead.new_empty(len(u), 0))
-        ctx.save_for_backward(u, W_enc, b_pre, values, indices, dead_values, dead_indices)
+        dead_values, dead_indices = _join(dead_codes, u, len(dead)) if len(dead) else (u.new_empty(len(u), 0), dead.new_empty(len(u), 0))
+        ctx.save_for_backward(u, W_enc, b_pre, values, dead_values, dead)
+        ctx.indices = indices, dead_indices  # no gradient flows through them; as they are, because they keep their order by latent
         ctx.mark_non_differentiable(indices, dead_indices)
         return values, indices, dead_values, dead_indices
 
     @staticmethod
     def backward(ctx, g, _, g_dead, __):
-        u, W_enc, b_pre, values, indices, dead_values, dead_indices = ctx.saved_tensors
+        u, W_enc, b_pre, values, dead_values, dead = ctx.saved_tensors
+        indices, dead_indices = ctx.indices
+        v, ones, n = u - b_pre, torch.ones_like(u[:, :1]), len(W_enc)
         g, g_dead = g * (values > 0), g_dead * (dead_values > 0)  # ReLU
-        d_b_enc = g.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), g.flatten())
+        d_b_enc = scatter_sum(g, indices, ones, n)[:, 0]
         d_b_pre = -(d_b_enc @ W_enc) if ctx.needs_input_grad[3] else None  # summed over the batch first, then one product; not from the dead
-        d_b_enc.index_add_(0, dead_indices.flatten(), g_dead.flatten())
-        g, indices = torch.cat([g, g_dead], 1), torch.cat([indices, dead_indices], 1)
-        d_W_enc = scatter_sum(g, indices, u - b_pre, len(W_enc)) if ctx.needs_input_grad[1] else None
+        d_W_enc = scatter_sum(g, indices, v, n) if ctx.needs_input_grad[1] else None
         d_u = gather_sum(g, indices, W_enc) if ctx.needs_input_grad[0] else None
+        if len(dead):
+            d_b_enc.index_add_(0, dead, scatter_sum(g_dead, dead_indices, ones, len(dead))[:, 0])
+            if d_W_enc is not None:
+                d_W_enc.index_add_(0, dead, scatter_sum(g_dead, dead_indices, v, len(dead)))
+            if d_u is not None:
+                d_u += gather_sum(g_dead, dead_indices, W_enc[dead])
         return d_u, d_W_enc, d_b_enc, d_b_pre, None, None, None, None
 
 
@@ -340,11 +409,152 @@ def sparse_encode(u, W_enc, b_enc, b_pre, k, dtype=None, dead=None, k_aux=0):
 
     u (B, d), W_enc (n, d), b_enc (n), b_pre (d). dtype: precision of the product (default: the weights'); the rest stays in the
     weights'. With `dead` (n_dead), the same product also gives the code of the top k_aux among those latents, as two more
-    tensors (B, min(k_aux, n_dead)), whose gradient does not reach b_pre.
+    tensors (B, min(k_aux, n_dead)), numbered by their places in `dead`, whose gradient does not reach b_pre.
     """
     none = torch.empty(0, dtype=torch.long, device=u.device)
     code = _SparseEncode.apply(u, W_enc, b_enc, b_pre, k, dtype, none if dead is None else dead, k_aux)
     return code[:2] if dead is None else code
+
+
+# --------------------------------------------------------------------------------------------------
+# The Triton kernels behind topk and the three operations, each equal to its twin above. TRITON_INTERPRET=1 runs them on CPU.
+
+if triton:
+
+    @triton.jit
+    def _topk(x, out_values, out_indices, maxima, chosen, n, k, m, BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
+        """One program a row: maxima of groups; the k groups with the largest; the k largest of their entries."""
+        row = tl.program_id(0).to(tl.int64)
+        x, maxima, chosen = x + row * n, maxima + row * m, chosen + row * k
+        for start in range(0, m, STEP):
+            g = start + tl.arange(0, STEP)
+            at = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            tl.store(maxima + g, tl.max(_sortable(tl.load(x + at, mask=at < n, other=float("-inf")), BITS), axis=1), mask=g < m)
+        tl.debug_barrier()
+        g = tl.arange(0, M)
+        take, place = _largest(tl.load(maxima + g, mask=g < m, other=0), g < m, k, BITS)
+        tl.store(chosen + place, g, mask=take)
+        tl.debug_barrier()
+        j = tl.arange(0, K)
+        groups = tl.load(chosen + j, mask=j < k, other=0)
+        at = tl.reshape(groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (K * GROUP,))
+        real = (tl.reshape(tl.broadcast_to(j[:, None], (K, GROUP)), (K * GROUP,)) < k) & (at < n)
+        values = tl.load(x + at, mask=real, other=float("-inf"))
+        take, place = _largest(_sortable(values, BITS), real, k, BITS)
+        tl.store(out_values + row * k + place, values, mask=take)
+        tl.store(out_indices + row * k + place, at.to(tl.int64), mask=take)
+
+    @triton.jit
+    def _sortable(x, BITS: tl.constexpr):
+        """Floats -> integers in the same order, NaN highest: BITS = 16 for bf16, whose lower half is empty, 32 for fp32."""
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS)
+
+    @triton.jit
+    def _largest(keys, real, k, BITS: tl.constexpr):
+        """Which k of the keys (a block, at least k of them real) are the largest, ties to the first, and each one's place among them."""
+        least = tl.full([], -(1 << (BITS - 1)), tl.int64)  # becomes the k-th largest, bit by bit
+        for i in tl.static_range(BITS):
+            higher = least + (1 << (BITS - 1 - i))
+            least = tl.where(tl.sum((real & (keys >= higher.to(tl.int32))).to(tl.int32)) >= k, higher, least)
+        above, tied = real & (keys > least.to(tl.int32)), real & (keys == least.to(tl.int32))
+        take = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= k - tl.sum(above.to(tl.int32))))
+        return take, tl.cumsum(take.to(tl.int32), axis=0) - 1
+
+    @triton.jit
+    def _gather_sum(values, indices, W, out, d, k, J: tl.constexpr, D: tl.constexpr):
+        b, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * D + tl.arange(0, D)
+        total = tl.zeros([D], tl.float32)
+        for start in range(0, k, J):
+            j = start + tl.arange(0, J)
+            v = tl.load(values + b * k + j, mask=j < k, other=0.0)
+            i = tl.load(indices + b * k + j, mask=j < k, other=0)
+            w = tl.load(W + i[:, None] * d + col[None, :], mask=(j < k)[:, None] & (col < d)[None, :], other=0.0)  # (J, D)
+            total += tl.sum(v[:, None] * w, axis=0)
+        tl.store(out + b * d + col, total, mask=col < d)
+
+    @triton.jit
+    def _gather_dot(G, W, indices, out, d, k, J: tl.constexpr, D: tl.constexpr):
+        b, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * J + tl.arange(0, J)
+        i = tl.load(indices + b * k + j, mask=j < k, other=0)
+        total = tl.zeros([J], tl.float32)
+        for start in range(0, d, D):
+            col = start + tl.arange(0, D)
+            g = tl.load(G + b * d + col, mask=col < d, other=0.0)
+            w = tl.load(W + i[:, None] * d + col[None, :], mask=(j < k)[:, None] & (col < d)[None, :], other=0.0)  # (J, D)
+            total += tl.sum(w * g[None, :], axis=1)
+        tl.store(out + b * k + j, total, mask=j < k)
+
+    @triton.jit
+    def _scatter_sum(values, order, starts, pieces, latent_of, G, out, parts, n, d, k, PIECE: tl.constexpr, J: tl.constexpr, D: tl.constexpr):
+        """One program a piece: at most PIECE pairs of one latent. Its first piece goes to `out`, the others to `parts`."""
+        piece, col = tl.program_id(0), tl.program_id(1) * D + tl.arange(0, D)
+        i = tl.load(latent_of + piece).to(tl.int64)
+        if i < n:
+            first = tl.load(pieces + i)
+            start = tl.load(starts + i) + (piece - first) * PIECE
+            stop = tl.minimum(start + PIECE, tl.load(starts + i + 1))
+            total = tl.zeros([D], tl.float32)
+            for p in range(start, stop, J):
+                at = p + tl.arange(0, J)
+                pair = tl.load(order + at, mask=at < stop, other=0)
+                v = tl.load(values + pair, mask=at < stop, other=0.0)
+                g = tl.load(G + (pair // k)[:, None] * d + col[None, :], mask=(at < stop)[:, None] & (col < d)[None, :], other=0.0)  # (J, D)
+                total += tl.sum(v[:, None] * g, axis=0)
+            if piece == first:
+                tl.store(out + i * d + col, total, mask=col < d)
+            else:
+                tl.store(parts + (piece - i - 1) * d + col, total, mask=col < d)
+
+    @triton.jit
+    def _sum_parts(pieces, out, parts, d, D: tl.constexpr):
+        """One program a latent: adds up the parts of one with several pieces."""
+        i, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * D + tl.arange(0, D)
+        first, end = tl.load(pieces + i), tl.load(pieces + i + 1)
+        if end - first > 1:
+            total = tl.load(out + i * d + col, mask=col < d, other=0.0)
+            for piece in range(first + 1, end):
+                total += tl.load(parts + (piece - i - 1) * d + col, mask=col < d, other=0.0)
+            tl.store(out + i * d + col, total, mask=col < d)
+
+
+def topk_kernel(x, k, group=32):
+    B, n = x.shape
+    m = triton.cdiv(n, group)
+    while m < k:  # there must be k groups
+        group, m = group // 2, triton.cdiv(n, group // 2)
+    x, M, K = x.contiguous(), triton.next_power_of_2(m), triton.next_power_of_2(k)
+    values, indices = x.new_empty(B, k), torch.empty(B, k, dtype=torch.long, device=x.device)
+    maxima, chosen = torch.empty(B, m, dtype=torch.int32, device=x.device), torch.empty(B, k, dtype=torch.int32, device=x.device)
+    _topk[(B,)](x, values, indices, maxima, chosen, n, k, m, BITS=16 if x.dtype == torch.bfloat16 else 32, GROUP=group, STEP=min(M, 4096 // group), M=M, K=K, num_warps=4 if M <= 2048 else 16)
+    return values, indices
+
+
+def gather_sum_kernel(values, indices, W):
+    (B, k), d = indices.shape, W.shape[1]
+    out = W.new_empty(B, d)
+    _gather_sum[(B, triton.cdiv(d, 256))](values.contiguous(), indices.contiguous(), W.contiguous(), out, d, k, J=8, D=256)
+    return out
+
+
+def gather_dot_kernel(G, W, indices):
+    (B, k), d = indices.shape, W.shape[1]
+    out = W.new_empty(B, k)
+    _gather_dot[(B, triton.cdiv(k, 8))](G, W.contiguous(), indices.contiguous(), out, d, k, J=8, D=256)
+    return out
+
+
+def scatter_sum_kernel(values, order, starts, G, k, piece=128):
+    n, d = len(starts) - 1, G.shape[1]
+    # A dense latent may have thousands of pairs, a rare one none: work is cut into pieces of equal size, at least one a latent.
+    pieces = F.pad(((starts.diff() + piece - 1) // piece).clamp_min(1).cumsum(0), (1, 0))  # (n + 1), where each latent's begin
+    spare = len(order) // piece  # at most so many more pieces than latents, so nothing waits for their true number
+    latent_of = torch.searchsorted(pieces, torch.arange(n + spare, device=G.device), right=True) - 1
+    out, parts = G.new_empty(n, d), G.new_empty(spare, d)
+    columns = triton.cdiv(d, 256)
+    _scatter_sum[(n + spare, columns)](values.contiguous(), order, starts, pieces, latent_of, G, out, parts, n, d, k, PIECE=piece, J=8, D=256)
+    _sum_parts[(n, columns)](pieces, out, parts, d, D=256)
+    return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -425,10 +635,13 @@ class Trainer:
     def __init__(self, cfg, sae, scale):
         self.cfg, self.sae, self.scale, self.steps = cfg, sae, scale, 0
         sae.product_dtype = torch.bfloat16 if cfg.precision == "bf16" else None
+        if cfg.precision == "bf16" and sae.W_dec.is_cuda:
+            torch.set_float32_matmul_precision("high")  # TF32 for AuxK's dense products
         self.params = list(sae.parameters())
         self.adam = torch.optim.Adam(self.params, lr=cfg.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
         self.ema = [torch.zeros_like(p) for p in self.params]
         self.silent = torch.zeros(sae.n_latents, dtype=torch.long, device=sae.W_dec.device)  # tokens since each latent fired
+        self.n_dead = 0
 
     def step(self, x):
         """One optimizer step on raw activations x (B, d). Returns dict of tensors: nmse, l0, dead."""
@@ -436,25 +649,34 @@ class Trainer:
         if x.shape[1] != sae.d_model:
             raise ValueError(f"these activations have width {x.shape[1]}, the autoencoder {sae.d_model}")
         u = normalize(x.to(sae.W_dec.device, sae.W_dec.dtype))[0]
-        dead = (self.silent > cfg.dead_tokens).nonzero().flatten() if cfg.aux_coef else self.silent[:0]
+        dead = self.silent[:0]
+        if cfg.aux_coef and self.n_dead:
+            dead = (self.silent > cfg.dead_tokens).int().argsort(descending=True, stable=True)[: self.n_dead]
         loss, nmse, values, indices = losses(sae, u, self.scale, dead, cfg.k_aux, cfg.aux_coef, cfg.multi_topk, cfg.l1)
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {self.steps + 1}; lower --lr (now {cfg.lr:g}) or look for bad activations")
+        fired = torch.where(values > 0, 0, torch.iinfo(torch.long).max)
+        silent = (self.silent + len(u)).scatter_reduce(0, indices.flatten(), fired.flatten(), "amin")
+        known = peek(torch.stack([loss.detach().double(), (silent > cfg.dead_tokens).sum().double()]))
         self.adam.zero_grad()
         loss.backward()
-        with torch.no_grad():
-            # Decoder rows stay on the unit sphere: drop the radial part of their gradient, step, renormalise.
-            W, g = sae.W_dec, sae.W_dec.grad
-            g.addcmul_(torch.linalg.vecdot(g, W)[:, None], W, value=-1)
-            if cfg.clip:
-                nn.utils.clip_grad_norm_(self.params, cfg.clip)
-            self.adam.step()
-            sae.normalize_decoder()
-            torch._foreach_lerp_(self.ema, self.params, 1 - cfg.ema)
-            self.silent += len(u)
-            self.silent[indices[values > 0]] = 0
+        value, n_dead = known()  # of the forward pass, while a GPU is still busy with the backward one
+        if not math.isfinite(value):
+            raise ValueError(f"the loss is {value} at step {self.steps + 1}; lower --lr (now {cfg.lr:g}) or look for bad activations")
+        self.silent, self.n_dead = silent, int(n_dead)
+        self.update()
         self.steps += 1
-        return {"nmse": nmse, "l0": (values > 0).sum(1).float().mean(), "dead": (self.silent > cfg.dead_tokens).sum()}
+        return {"nmse": nmse, "l0": (values > 0).sum(1).float().mean(), "dead": self.n_dead}
+
+    @torch.no_grad()
+    def update(self):
+        """From gradients to weights and their average. Decoder rows stay on the unit sphere: drop the radial part of their gradient,
+        step, renormalise."""
+        for g, W in zip(self.sae.W_dec.grad.split(4096), self.sae.W_dec.split(4096)):  # in pieces: no temporary as large as the decoder
+            g.addcmul_(torch.linalg.vecdot(g, W)[:, None], W, value=-1)
+        if self.cfg.clip:
+            nn.utils.clip_grad_norm_(self.params, self.cfg.clip)
+        self.adam.step()
+        self.sae.normalize_decoder()
+        torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema)
 
     @torch.no_grad()
     def averaged(self):
@@ -483,7 +705,17 @@ class Trainer:
         trainer = cls(cfg, sae, saved["scale"])
         trainer.adam.load_state_dict(saved["adam"])
         trainer.ema, trainer.silent, trainer.steps = saved["ema"], saved["silent"], saved["steps"]
+        trainer.n_dead = int((trainer.silent > cfg.dead_tokens).sum())
         return trainer
+
+
+def peek(x):
+    """Start copying a small tensor to the CPU. The function returned waits for that, not for what is launched later, and gives a list."""
+    if not x.is_cuda:
+        return x.tolist
+    host, done = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True), torch.cuda.Event()
+    done.record()
+    return lambda: (done.synchronize(), host.tolist())[1]
 
 
 @torch.no_grad()
@@ -569,6 +801,7 @@ def train(cfg, batches, val=None, meta=None):
                 if stop:
                     raise KeyboardInterrupt(f"stopped at step {done}; saved {checkpoint}; continue with --resume")
         trainer.sae.product_dtype = None  # the final scores, and the SAE handed back, in full precision
+        torch.set_float32_matmul_precision("highest")
         raw, average = trainer.sae, trainer.averaged()
         scores = {"raw": nmse(raw, val), "ema": nmse(average, val)} if val is not None else {"ema": math.nan}
         kept = min(scores, key=scores.get)
@@ -659,64 +892,104 @@ def parse_config(argv=None):
             p.add_argument(f"--{f.name}", action="store_true", help=f.metadata["help"])
         else:
             p.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=f"{f.metadata['help']} (default: {f.default!r})")
-    p.add_argument("--bench", action="store_true", help="time the training step on random data (d = 768) and exit")
+    p.add_argument("--bench", action="store_true", help="time the training step and its parts on random data (d = 768) and exit")
+    p.add_argument("--json", action="store_true", help="with --bench: one line of JSON")
     options = vars(p.parse_args(argv))
-    return options.pop("bench"), Config(**options)
+    return options.pop("bench"), options.pop("json"), Config(**options)
 
 
-def bench(cfg, d=768, repeats=7):
-    """Print tokens/s of a whole optimizer step (no dead latents; 5 % dead, so that AuxK works) and of its encoder product alone.
+def bench(cfg, as_json, d=768, repeats=5):
+    """Print tokens/s of a whole optimizer step and of its parts, on random data; medians of rounds in which all take turns.
 
-    Random data; the three are timed in turn, medians are reported. Peak memory is the process's on CPU, the device's on CUDA.
+    The floor is the encoder's product alone. "torch.topk + dense autograd" is the same step written without anything of this file
+    but the model: the plain baseline. Peak memory is of our step: the process's on CPU, the device's on CUDA.
     """
-    cuda = cfg.device.startswith("cuda")
-    cfg = resolve(dataclasses.replace(cfg, batch=cfg.batch or (PAPER_BATCH if cuda else 4096), tokens=10**10), d, 0)
+    cuda, n, k = cfg.device.startswith("cuda"), cfg.n_latents, cfg.k
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    cfg = resolve(dataclasses.replace(cfg, batch=cfg.batch or (PAPER_BATCH if cuda else max(512, 2**27 // n)), tokens=10**10), d, 0)
+    wanted = 4 * 22 * d * n + 10 * cfg.batch * (k + d) * 4 + 8 * DENSE["cuda" if cuda else "cpu"]  # weights, gradients, Adam, EMA, the baseline's own, temporaries
+    free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if wanted > free:
+        return print(f"n {n}: needs about {wanted / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; left out")
     torch.manual_seed(cfg.seed)
     x = torch.randn(cfg.batch, d, device=cfg.device)
-    sae = SAE(d, cfg.n_latents, cfg.k).to(cfg.device)
-    trainer = Trainer(cfg, sae, 1 / d)
-    dead = torch.randperm(cfg.n_latents, device=cfg.device)[: cfg.n_latents // 20]
-    W, u = (t.to(sae.product_dtype or t.dtype) for t in (sae.W_enc.detach(), x))
+    trainer = Trainer(cfg, SAE(d, n, k).to(cfg.device), 1 / d)
+    sae, dead = trainer.sae, torch.randperm(n, device=cfg.device)[: n // 20]
+    W, u = (t.to(sae.product_dtype or t.dtype) for t in (sae.W_enc.detach(), normalize(x)[0]))
+    chunks = u.split(max(1, DENSE[u.device.type] // n))
+    pre_acts, plain = F.linear(chunks[0], W), x[: max(1, 2**27 // n)]
+    values, indices = (c.detach() for c in sae.encode(u.float()))
+    dense_sae = copy.deepcopy(sae)
+    dense_adam = torch.optim.Adam(dense_sae.parameters(), lr=1e-4, fused=True)
 
-    def product():
-        for chunk in u.split(max(1, DENSE[u.device.type] // cfg.n_latents)):
-            F.linear(chunk, W)
-
-    def step(silent):
+    def step(n_dead):
         trainer.silent.zero_()
-        trainer.silent[dead] = silent
+        trainer.silent[dead[:n_dead]] = 2 * cfg.dead_tokens
+        trainer.n_dead = n_dead
         trainer.step(x)
 
-    work = {"encoder product alone": product, "step, nothing dead": lambda: step(0), "step, 5 % dead (AuxK)": lambda: step(2 * cfg.dead_tokens)}
-    times = {name: [] for name in work}
+    def gradients():
+        del indices.by_latent
+        with torch.no_grad():
+            gather_dot(u.float(), sae.W_dec, indices), scatter_sum(values, indices, u.float(), n), scatter_sum(values, indices, u.float(), n)
+
+    def dense_step():
+        v = normalize(plain)[0]
+        with torch.autocast(v.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            best, j = dense_sae.pre_acts(v).topk(k, sorted=False)
+            z = torch.zeros(len(v), n, device=v.device, dtype=best.dtype).scatter(1, j, best.relu())
+            loss = (v - z @ dense_sae.W_dec - dense_sae.b_pre).square().mean()
+        dense_adam.zero_grad()
+        loss.backward()
+        dense_adam.step()
+        dense_sae.normalize_decoder()
+
+    by_latent(indices, n)
+    B = cfg.batch
+    work = {  # name -> (tokens, function)
+        "encoder product alone": (B, lambda: [F.linear(chunk, W) for chunk in chunks]),
+        "step, nothing dead": (B, lambda: step(0)),
+        "step, 5 % dead (AuxK)": (B, lambda: step(len(dead))),
+        "part: topk": (len(pre_acts), lambda: topk(pre_acts, k)),
+        "part: decode": (B, lambda: gather_sum(values, indices, sae.W_dec.detach())),
+        "part: sparse gradients": (B, gradients),
+        "part: optimizer": (B, trainer.update),
+        "torch.topk + dense autograd": (len(plain), dense_step),
+    }
+    seconds, peak = {name: [] for name in work}, 0
     for i in range(repeats + 1):
-        for name, f in work.items():
+        for part, (tokens, f) in work.items():
+            if cuda:
+                torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             f()
             if cuda:
                 torch.cuda.synchronize()
-            times[name] += [time.perf_counter() - start] if i else []  # the first round warms up
-    median = {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-    print(f"n {cfg.n_latents}, k {cfg.k}, d {d}, batch {cfg.batch}, {cfg.precision} on {torch.cuda.get_device_name() if cuda else f'CPU, {torch.get_num_threads()} threads'}, torch {torch.__version__}")
-    for name, t in median.items():
-        print(f"  {name:<24} {cfg.batch / t:>12,.0f} tokens/s   {median['encoder product alone'] / t:6.1%} of the product's rate")
-    if cuda:
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        import resource
+                peak = max(peak, torch.cuda.max_memory_allocated()) if part.startswith("step") else peak
+            seconds[part] += [(time.perf_counter() - start) / tokens] if i else []  # the first round warms up
+        if not cuda and i == 0:
+            import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"  peak memory              {peak / 1e9:12.2f} GB")
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    median = {part: sorted(t)[len(t) // 2] for part, t in seconds.items()}
+    floor, whole = median["encoder product alone"], median["step, nothing dead"]
+    out = {"device": name, "torch": torch.__version__, "n_latents": n, "k": k, "d": d, "batch": B, "precision": cfg.precision, "peak_gb": peak / 1e9, "tokens_per_s": {part: 1 / t for part, t in median.items()}}  # fmt: skip
+    if as_json:
+        return print(json.dumps(out))
+    print(f"n {n}, k {k}, d {d}, batch {B}, {cfg.precision}, {name}, torch {torch.__version__}; peak memory {peak / 1e9:.1f} GB")
+    for part, t in median.items():
+        share = f"{t / whole:6.1%} of the step" if part.startswith("part") or t == floor else f"{floor / t:6.1%} of the product's rate"
+        print(f"  {part:<28} {1 / t:>13,.0f} tokens/s   {share}")
 
 
 def main(argv=None):
     import harvest
 
-    timing, cfg = parse_config(argv)
+    timing, as_json, cfg = parse_config(argv)
     keep_heap()
     cfg.device = harvest.pick_device(cfg.device)
     if timing:
-        return bench(cfg)
+        return bench(cfg, as_json)
     resolve(cfg, 2, 10**9)  # complain about impossible values before any work
     acts, device = Path(cfg.acts), cfg.device
     if cfg.stream or (device.startswith("cuda") and not harvest.is_harvested(acts)):

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels are tested
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -150,6 +156,88 @@ def test_sparse_operations_equal_dense_ones(size, seed):
     assert torch.allclose(S.gather_sum(values, indices, W), code @ W)
     assert torch.allclose(S.gather_dot(G, W, indices), (G @ W.T).gather(1, indices))
     assert torch.allclose(S.scatter_sum(values, indices, G, n), code.T @ G)
+
+
+# The Triton kernels against their twins: compiled where there is a GPU, else in Triton's interpreter.
+
+needs_triton = pytest.mark.skipif(S.triton is None, reason="Triton is not installed")
+CORNERS = [(1, 1, 1, 1), (3, 7, 2, 5), (5, 70, 9, 19), (2, 33, 33, 3), (3, 40, 5, 260)]  # B, n, k, d
+
+
+@needs_triton
+@pytest.mark.parametrize("B, n, k, d", CORNERS)
+def test_sparse_kernels_equal_their_twins(B, n, k, d):
+    values, W, G = (randn(*shape, dtype=torch.float32).to(DEVICE) for shape in ((B, k), (n, d), (B, d)))
+    for indices in (torch.randint(0, n, (B, k), generator=gen(1)), torch.full((B, k), n - 1)):  # any, and all the same
+        indices = indices.to(DEVICE)
+        close = lambda a, b: torch.allclose(a, b, atol=1e-5 * (1 + b.abs().max().item()))
+        assert close(S.gather_sum_kernel(values, indices, W), S.gather_sum_twin(values, indices, W))
+        assert close(S.gather_dot_kernel(G, W, indices), S.gather_dot_twin(G, W, indices))
+        pairs = values.flatten(), *S.by_latent(indices, n), G, k
+        assert close(S.scatter_sum_kernel(*pairs), S.scatter_sum_twin(*pairs))
+        assert close(S.scatter_sum_kernel(*pairs, piece=3), S.scatter_sum_twin(*pairs))  # every latent in several pieces
+
+
+@needs_triton
+@given(st.integers(1, 3), st.integers(1, 150), st.integers(1, 20), st.sampled_from([torch.float32, torch.bfloat16]), seeds, st.sampled_from(["plain", "ties", "negative", "huge", "-inf", "zero"]))
+@settings(max_examples=15)
+def test_topk_kernel_is_exact(B, n, k, dtype, seed, kind):
+    k, x = min(k, n), randn(B, n, seed=seed, dtype=torch.float32)
+    x = {"plain": x, "ties": x.round(), "negative": -x.abs() - 1, "huge": x * 1e38, "-inf": torch.where(x > 0, x, -math.inf), "zero": x * 0}[kind]
+    x = x.to(dtype).to(DEVICE)
+    values, indices = S.topk_kernel(x, k)
+    assert torch.equal(values.sort(1).values, x.topk(k).values.sort(1).values)
+    assert torch.equal(x.gather(1, indices), values) and all(len(set(row)) == k for row in indices.tolist())
+
+
+@needs_triton
+def test_topk_kernel_over_many_groups():
+    x = randn(2, 5000, dtype=torch.float32).to(DEVICE)
+    for k in (1, 40, 300):
+        assert torch.equal(S.topk_kernel(x, k)[0].sort(1).values, x.topk(k).values.sort(1).values)
+
+
+COMPILE = """
+import sae as S, triton
+from triton.backends.compiler import GPUTarget
+def compiled(fn, const, **kinds):
+    kind = {name: "constexpr" if name in const else kinds.get(name, "i32") for name in fn.arg_names}
+    source = triton.compiler.ASTSource(fn=fn, signature=kind, constexprs={(fn.arg_names.index(name),): v for name, v in const.items()})
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+f, i = "*fp32", "*i64"
+for x, bits in (("*bf16", 16), (f, 32)):
+    compiled(S._topk, dict(BITS=bits, GROUP=32, STEP=32, M=64, K=8), x=x, out_values=x, out_indices=i, maxima="*i32", chosen="*i32")
+compiled(S._gather_sum, dict(J=8, D=256), values=f, indices=i, W=f, out=f)
+compiled(S._gather_dot, dict(J=8, D=256), G=f, W=f, indices=i, out=f)
+compiled(S._scatter_sum, dict(PIECE=128, J=8, D=256), values=f, order=i, starts=i, pieces=i, latent_of=i, G=f, out=f, parts=f)
+compiled(S._sum_parts, dict(D=256), pieces=i, out=f, parts=f)
+"""
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="they are run here anyway")
+def test_kernels_compile_for_a_gpu_that_is_not_here():
+    """To machine code for compute capability 9.0 (H100, H200). Nothing is run."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    r = subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env=env, capture_output=True, text=True)
+    if re.search("(Import|Attribute|Type)Error.*(GPUTarget|ASTSource)", r.stderr):
+        pytest.skip("this Triton has another interface to its compiler")
+    assert r.returncode == 0, r.stderr
+
+
+@needs_triton
+def test_loss_and_gradients_on_the_kernels(monkeypatch):
+    """The whole forward and backward pass with kernels in place of twins: selection, decode, AuxK, all four gradients."""
+    m, u = make_sae(7, 40, 3, dtype=torch.float32).to(DEVICE), S.normalize(randn(5, 7, dtype=torch.float32))[0].to(DEVICE)
+
+    def gradients(use):
+        monkeypatch.setattr(S, "fused", lambda x: use)
+        m.zero_grad()
+        loss = S.losses(m, u, 0.1, torch.tensor([3, 9, 20], device=DEVICE), 2, 1 / 32)[0]
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in m.parameters())]
+
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients(True), gradients(False)))
 
 
 @given(sizes(), seeds)
@@ -290,7 +378,8 @@ def aux_setup():
 
 
 def dead_code(m, u, dead, k_aux):
-    return S.sparse_encode(u, m.W_enc, m.b_enc, m.b_pre, m.k, None, dead, k_aux)[2:]
+    values, j = S.sparse_encode(u, m.W_enc, m.b_enc, m.b_pre, m.k, None, dead, k_aux)[2:]
+    return values, dead[j]
 
 
 def test_auxk_is_nothing_without_dead_latents():
@@ -453,6 +542,34 @@ def test_a_step_is_adam_on_the_projected_gradient(tmp_path):
         ours = dict(t.sae.named_parameters())[name].double()
         settled = g.abs() > 1e-6  # where the gradient is rounding noise its sign is not determined
         assert torch.allclose(ours[settled], new[settled], atol=2e-5), name
+
+
+@pytest.mark.parametrize("dense, expected", [(True, 1), (False, 2)])  # of the active code; and of AuxK's, where that is not dense
+def test_both_weight_gradients_share_one_order(monkeypatch, dense, expected):
+    m, u, sorts = make_sae(5, 60, 3), S.normalize(randn(9, 5))[0], []
+    monkeypatch.setattr(S, "narrow", lambda _, n: dense and n == 2)
+    monkeypatch.setattr(S.torch.Tensor, "sort", lambda self, *a, _sort=torch.Tensor.sort, **k: (sorts.append(1), _sort(self, *a, **k))[1])
+    S.losses(m, u, 0.1, torch.tensor([1, 2]), 2, 1 / 32)[0].backward()
+    assert len(sorts) == expected
+
+
+@given(sizes(), seeds)
+def test_dense_products_where_the_code_is_not_sparse(size, seed):
+    d, n, k, B = size
+    values, W, G, indices = randn(B, k), randn(n, d, seed=1), randn(B, d, seed=2), torch.randint(0, n, (B, k), generator=gen(seed))
+    results = []
+    for dense in (False, True):
+        with pytest.MonkeyPatch.context() as mp:
+            mp.setattr(S, "narrow", lambda *_: dense)
+            results.append((S.gather_sum(values, indices, W), S.gather_dot(G, W, indices), S.scatter_sum(values, indices.clone(), G, n)))
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*results))
+
+
+def test_the_dead_are_known_without_waiting(tmp_path):
+    t = make_trainer(tmp_path, dead_tokens=64)
+    for _, x in zip(range(12), planted_batches(0)):
+        dead = t.step(x)["dead"]
+        assert dead == t.n_dead == int((t.silent > 64).sum())
 
 
 def test_ema_is_bias_corrected(tmp_path):
@@ -878,6 +995,19 @@ def test_batches_are_honest_and_resumable(acts_dir, monkeypatch, shuffled):
     for step in (1, 5, per_epoch // B, per_epoch // B + 1, len(first) - 1):
         assert torch.equal(next(acts.batches(B, seed=3, step=step)), first[step]), step
     assert not torch.equal(next(acts.batches(B, seed=4)), first[0])
+
+
+def test_reading_ahead_changes_nothing():
+    assert list(harvest.ahead(iter("abc"))) == ["a", "b", "c"] and list(harvest.ahead(iter(()))) == []
+
+    def fails():
+        yield 1
+        raise harvest.UserError("row 7")
+
+    items = harvest.ahead(fails())
+    assert next(items) == 1
+    with pytest.raises(harvest.UserError, match="row 7"):
+        next(items)
 
 
 def test_streamed_batches(acts_dir, model_file, text_file):
