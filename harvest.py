@@ -426,10 +426,10 @@ def contexts(text_source, encoding, length=64):
         row = row[cut:]
 
 
-def split_contexts(text_source, encoding, split, length=64):
-    """`contexts` of the documents of one split, "train" or "val"."""
+def split_contexts(text_source, encoding, split, length=64, part=0, parts=1):
+    """`contexts` of the documents of one split, "train" or "val", or of every `parts`-th of those."""
     keep = (doc for i, doc in enumerate(documents(text_source)) if is_val(i) == (split == "val"))
-    return contexts(keep, encoding, length)
+    return contexts(itertools.islice(keep, part, None, parts), encoding, length)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -766,7 +766,7 @@ class Acts:
             acts_file = file.with_name(file.name.replace("tokens", "acts"))
             try:
                 tokens.append(np.load(file, allow_pickle=False))
-                self.acts.append(np.load(acts_file, mmap_mode="r", allow_pickle=False))
+                self.acts.append(np.load(acts_file, mmap_mode="c", allow_pickle=False))
             except (ValueError, OSError, EOFError) as e:
                 raise UserError(f"{acts_file} is damaged ({str(e).splitlines()[0][:60]}); remove it and its tokens file, set \"complete\" to false in meta.json and run harvest.py again") from None  # fmt: skip
             if self.acts[-1].shape != (len(tokens[-1]), length, d) or self.acts[-1].dtype != np.float16:
@@ -791,21 +791,32 @@ class Acts:
     def __getitem__(self, rows):
         """rows: context numbers (array) or a slice -> (tokens (n, T) int64, activations (n, T, d) float16), on CPU."""
         rows = np.arange(len(self))[rows]
-        shard = np.searchsorted(self._starts, rows, side="right") - 1
-        out = np.empty((len(rows), *self.acts[0].shape[1:]), dtype=np.float16)
-        for s in np.unique(shard):
-            out[shard == s] = self.acts[s][rows[shard == s] - self._starts[s]]
-        acts = torch.from_numpy(out)
+        acts = self.read(rows)
         if not (finite := acts.isfinite().flatten(1).all(1)).all():
-            bad = int((~finite).nonzero()[0])
-            raise UserError(f"NaN or Inf in {self.path / self.split}/acts-{shard[bad]:05d}.npy, row {rows[bad] - self._starts[shard[bad]]}; harvest that directory again")
+            row = rows[int((~finite).nonzero()[0])]
+            shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+            raise UserError(f"NaN or Inf in {self.path / self.split}/acts-{shard:05d}.npy, row {row - self._starts[shard]}; harvest that directory again")
         return torch.from_numpy(self.tokens[rows]).long(), acts
 
-    def batches(self, batch, seed=0, step=0, device="cpu"):
-        """Yield float16 (batch, d) for ever, from step `step` on: contexts shuffled over the whole set, tokens within BLOCK contexts."""
-        block = min(BLOCK, len(self))
-        per_epoch, T = math.ceil(len(self) / block), self.tokens.shape[1]
-        epoch_tokens = len(self) * T
+    def read(self, rows, pinned=False):
+        """Activations (n, T, d) float16 of context numbers `rows`, unchecked, by all cores."""
+        shard = np.searchsorted(self._starts, rows, side="right") - 1
+        out = torch.empty(len(rows), *self.acts[0].shape[1:], dtype=torch.float16, pin_memory=pinned)
+        cuts = [0, *np.flatnonzero(np.diff(shard)) + 1, len(rows)]  # runs of rows from one shard
+        for a, b in zip(cuts, cuts[1:]):
+            if a < b:
+                torch.index_select(torch.from_numpy(self.acts[shard[a]]), 0, torch.from_numpy(rows[a:b] - self._starts[shard[a]]), out=out[a:b])
+        return out
+
+    def batches(self, batch, seed=0, step=0, device="cpu", part=0, parts=1):
+        """Yield float16 (batch, d) for ever, from step `step` on: contexts shuffled over the whole set, tokens within BLOCK contexts.
+
+        With several parts every reader has its own contexts, and all as many.
+        """
+        n = len(self) // parts
+        block = min(BLOCK, n)
+        per_epoch, T = math.ceil(n / block), self.tokens.shape[1]
+        epoch_tokens = n * T
         start = step * batch
         first = start // epoch_tokens * per_epoch + start % epoch_tokens // (block * T)
         skip = start % epoch_tokens % (block * T)
@@ -814,10 +825,12 @@ class Acts:
 
         def read(rows, key):
             order = torch.from_numpy(np.random.default_rng((*key, 1)).permutation(len(rows) * T))
-            pair = self[np.sort(rows)][1].flatten(0, 1), order
-            return [t.pin_memory() for t in pair] if cuda else pair
+            rows = np.sort(rows) * parts + part
+            if cuda:  # checking every number would take longer than training on it; the loss shows NaN soon enough
+                return self.read(rows, pinned=True).flatten(0, 1), order.pin_memory()
+            return self[rows][1].flatten(0, 1), order
 
-        blocks = (read(*block) for block in shuffled_blocks(len(self), block, seed, first))
+        blocks = (read(*block) for block in shuffled_blocks(n, block, seed, first))
         for acts, order in ahead(blocks) if cuda else blocks:
             mixed = acts.to(device, non_blocking=True)[order.to(device, non_blocking=True)][skip:]
             rest, skip = torch.cat([rest, mixed]), 0
@@ -847,16 +860,16 @@ class Stream:
                      "context": self.length, "text": str(text)}  # fmt: skip
         self.d_model = self.meta["d_model"]
 
-    def contexts(self, split):
-        """Token rows of one split, once through the text. Raises UserError if it gives none."""
-        rows = split_contexts(self.text, self.encoding, split, self.length)
+    def contexts(self, split, part=0, parts=1):
+        """Token rows of one split, once through the text, or of every `parts`-th document of it. Raises UserError if it gives none."""
+        rows = split_contexts(self.text, self.encoding, split, self.length, part, parts)
         if (first := next(rows, None)) is None:
             raise UserError(f"the text is too short: it gives no {split} context of {self.length} tokens (every 20th document is held out)")
         return itertools.chain([first], rows)
 
-    def batches(self, batch, seed=0, step=0, device=None):
+    def batches(self, batch, seed=0, step=0, device=None, part=0, parts=1):
         first, skip = divmod(step * batch, self.block * self.length)
-        rows = itertools.chain.from_iterable(self.contexts("train") for _ in itertools.count())
+        rows = itertools.chain.from_iterable(self.contexts("train", part, parts) for _ in itertools.count())
         rows = itertools.islice(rows, first * self.block, None)
         rest = None
         for b in itertools.count(first):

@@ -23,6 +23,8 @@ import argparse
 import copy
 import ctypes
 import dataclasses
+import datetime
+import functools
 import itertools
 import json
 import math
@@ -34,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -65,16 +68,18 @@ class SAE(nn.Module):
 
     Parameters: W_enc (n, d), b_enc (n), W_dec (n, d) with unit rows, b_pre (d). With k = n it is a plain ReLU autoencoder.
     `meta` (dict) says what it was trained on; `normalized` is False only for released autoencoders that take raw inputs.
+    In a mesh with several shards each holds n / shards consecutive rows, and `indices` are numbers of its own rows.
     """
 
-    def __init__(self, d_model, n_latents, k):
+    def __init__(self, d_model, n_latents, k, mesh=None):
         super().__init__()
         if not 1 <= k <= n_latents:
             raise ValueError(f"k = {k} must be between 1 and n_latents = {n_latents}")
-        self.d_model, self.n_latents, self.k = d_model, n_latents, k
-        self.W_dec = nn.Parameter(F.normalize(torch.randn(n_latents, d_model), dim=1))
+        self.d_model, self.n_latents, self.k, self.mesh = d_model, n_latents, k, mesh or ALONE
+        own = self.mesh.part(n_latents)
+        self.W_dec = nn.Parameter(random_directions(own, n_latents, d_model))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())  # tied at initialisation only
-        self.b_enc = nn.Parameter(torch.zeros(n_latents))
+        self.b_enc = nn.Parameter(torch.zeros(len(own)))
         self.b_pre = nn.Parameter(torch.zeros(d_model))
         self.normalized, self.product_dtype, self.meta = True, None, {}
 
@@ -87,11 +92,11 @@ class SAE(nn.Module):
 
         `k` at test time may differ from the one trained with. With k = n only as many columns come back as the batch needs.
         """
-        return sparse_encode(u, self.W_enc, self.b_enc, self.b_pre, k or self.k, self.product_dtype)
+        return sparse_encode(u, self.W_enc, self.b_enc, self.b_pre, k or self.k, self.product_dtype, self.mesh)
 
     def decode(self, values, indices):
         """values, indices (B, k) -> û (B, d)."""
-        return sparse_decode(values, indices, self.W_dec) + self.b_pre
+        return sum_shards(sparse_decode(values, indices, self.W_dec), self.mesh) + self.b_pre
 
     def forward(self, x, code=None):
         """x (..., d) in the model's own space -> its reconstruction there. `code`: another function than `encode`, u -> (values, indices)."""
@@ -155,6 +160,16 @@ class SAE(nn.Module):
         return sae
 
 
+def random_directions(rows, n, d, block=65536):
+    """These rows (a range) of an (n, d) matrix of random unit vectors from torch's seed, the same however many processes share it."""
+    seed, out = torch.randint(2**40, ()).item(), []
+    for b in range(rows.start // block, math.ceil(rows.stop / block)):
+        first = b * block
+        drawn = torch.randn(min(block, n - first), d, generator=torch.Generator().manual_seed(seed + b))
+        out.append(drawn[max(0, rows.start - first) : rows.stop - first])
+    return F.normalize(torch.cat(out), dim=1)
+
+
 @torch.no_grad()
 def geometric_median(x, steps=100, tol=1e-6):
     """x (N, d) -> the point (d) that minimises the sum of Euclidean distances: Weiszfeld's iteration.
@@ -182,42 +197,56 @@ def geometric_median(x, steps=100, tol=1e-6):
 # Loss.
 
 
-def auxk_loss(u, e, e_hat):
-    """AuxK (section 2.4, appendix A): how well the dead latents reconstruct the residual that the live ones leave.
+def losses(sae, u, scale, dead=None, k_aux=0, dead_rows=None, multi_topk=False, l1=0.0):
+    """u (B, d) -> (NMSE to minimise, AuxK's error |e - ê|^2, NMSE of the batch, values, indices, residual e, detached).
 
-    u (B, d) normalised inputs, e (B, d) residual u - û (detached here), e_hat (B, d) its reconstruction, without b_pre.
-    Returns |e - ê|^2 over the batch's own variance of e; exactly 0 for a residual that is constant up to rounding.
-    """
-    e = e.detach()
-    variance = (e - e.mean(0)).square().mean()
-    rounding = (100 * torch.finfo(u.dtype).eps) ** 2 * u.square().mean()
-    return torch.where(variance > rounding, (e - e_hat).square().mean() / variance.clamp_min(1e-30), 0.0)
+    The objective of section 2.4 is the first + alpha / var(e) times the second. var(e), a constant, is left to the caller, because
+    it is over the whole batch, of which u may be a part (see `auxk_weight`).
 
-
-def losses(sae, u, scale, dead, k_aux, aux_coef, multi_topk=False, l1=0.0):
-    """u (B, d) -> (loss to minimise, NMSE of the batch, values, indices).
-
-    scale: MSE of predicting the mean activation, one constant per run. dead (n_dead): indices of dead latents; the gradient of
-    AuxK reaches only their rows of W_enc, b_enc, W_dec, and without any it is absent. Multi-TopK (section 5.3): L(k) + L(4k) / 8.
+    scale: MSE of predicting the mean activation, one constant per run. dead (n_dead): numbers of dead latents, k_aux: how many of them
+    AuxK uses, dead_rows: W_enc[dead], b_enc[dead], W_dec[dead], which alone get its gradient. Multi-TopK (section 5.3): L(k) + L(4k) / 8.
     l1: the ReLU baseline (section 2.2) instead, NMSE + l1 |z|_1, computed densely since any number of latents may be active.
     """
     if l1:
         values = F.relu(sae.pre_acts(u))  # (B, n)
-        nmse = (u - values @ sae.W_dec - sae.b_pre).square().mean() / scale
+        e = u - values @ sae.W_dec - sae.b_pre
+        nmse = e.square().mean() / scale
         indices = torch.arange(sae.n_latents, device=u.device).expand_as(values)
-        return nmse + l1 * values.sum(1).mean(), nmse.detach(), values.detach(), indices
+        return nmse + l1 * values.sum(1).mean(), u.new_zeros(()), nmse.detach(), values.detach(), indices, e.detach()
+    weights, mesh = (sae.W_enc, sae.b_enc, sae.b_pre), sae.mesh
     k = min(4 * sae.k, sae.n_latents) if multi_topk else sae.k
-    values, indices, *dead_code = sparse_encode(u, sae.W_enc, sae.b_enc, sae.b_pre, k, sae.product_dtype, dead, k_aux)
-    extra = 0.0
+    code, dead_code = select(u, *weights, k, sae.product_dtype, mesh, dead, k_aux)
+    values, indices = encode_selected(u, *weights, *code, mesh)
+    loss = 0.0
     if multi_topk:
-        extra = (u - sae.decode(values, indices)).square().mean() / scale / 8
+        loss = (u - sae.decode(values, indices)).square().mean() / scale / 8
         best = topk(values.detach(), min(sae.k, values.shape[1]))[1]
         values, indices = values.gather(1, best), indices.gather(1, best)
+        values = values * (keep_global(values.detach(), sae.k, mesh) > 0)
     e = u - sae.decode(values, indices)
     nmse = e.square().mean() / scale
-    if len(dead):
-        extra = extra + aux_coef * auxk_loss(u, e, sparse_decode(*dead_code, sae.W_dec[dead]))
-    return nmse + extra, nmse.detach(), values.detach(), indices
+    aux, e = u.new_zeros(()), e.detach()
+    if k_aux:
+        e_hat = torch.zeros_like(u)
+        if len(dead):  # another shard may have some
+            e_hat = sparse_decode(*encode_selected(u, *dead_rows[:2], sae.b_pre.detach(), *dead_code, mesh), dead_rows[2])
+        aux = (e - sum_shards(e_hat, mesh)).square().mean()
+    return loss + nmse, aux, nmse.detach(), values.detach(), indices, e
+
+
+def moments(e):
+    """e (B, d) -> (d + 2): means of the columns, their squared norm, mean square about them. Averaged over the equal parts of a batch, they
+    give its variance, without the cancellation of a mean of squares less a square of means."""
+    mean = e.mean(0)
+    return torch.cat([mean.double(), mean.double().square().sum()[None], (e - mean).square().mean().double()[None]])
+
+
+def auxk_weight(moments, dtype):
+    """1 / var(e) of appendix A, from averaged `moments`; exactly 0 for a residual that is constant up to the rounding of `dtype`."""
+    mean, squared_means, within = moments[:-2], moments[-2], moments[-1]
+    variance = within + (squared_means - mean.square().sum()) / len(mean)
+    rounding = (100 * torch.finfo(dtype).eps) ** 2 / len(mean)  # the mean square of u is 1 / d
+    return torch.where(variance > rounding, 1 / variance.clamp_min(1e-300), 0.0).to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,7 +261,7 @@ def fused(x):
 def topk(x, k):
     """x (..., n) -> values and indices (..., k) of the k largest entries of each row: exact, unsorted, like torch.topk but faster."""
     n = x.shape[-1]
-    if fused(x) and k < n and max(n // 32, 32 * k) <= 2**15:
+    if fused(x) and k < n and k * n <= 2**28:  # about sqrt(k n) numbers are searched at once
         values, indices = topk_kernel(x.reshape(-1, n), k)
     else:
         values, indices = topk_twin(x.reshape(-1, n), k)
@@ -266,7 +295,7 @@ def topk_twin(x, k, group=64):
 # plain PyTorch with the same signature for everything else. Where the code is not so sparse (AuxK with few dead latents), a
 # dense product is faster than moving k rows a token.
 
-NARROW = {"cpu": 3, "cuda": 8}  # dense if n is at most so many times k
+NARROW = {"cpu": 3, "cuda": 16}  # dense if n is at most so many times k
 
 
 def narrow(indices, n):
@@ -351,69 +380,77 @@ def sparse_decode(values, indices, W_dec):
 DENSE = {"cpu": 2**24, "cuda": 2**29}  # dense pre-activations that may exist at once: 32 MB and 1 GB in bf16
 
 
-class _SparseEncode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, W_enc, b_enc, b_pre, k, dtype, dead, k_aux):
-        dtype, n = dtype or W_enc.dtype, len(W_enc)
-        # Rows that are never selected make the number of columns a multiple of 64, as topk likes it.
-        W, b = W_enc.to(dtype), b_enc.to(dtype)
-        if n % 64:
-            W, b = F.pad(W, (0, 0, 0, -n % 64)), F.pad(b, (0, -n % 64), value=-math.inf)
+@torch.no_grad()
+def select(u, W_enc, b_enc, b_pre, k, dtype=None, mesh=None, dead=None, k_aux=0):
+    """The one dense product. Returns the code (values, indices), each (B, k), of the k largest pre-activations, and with k_aux > 0 another
+    of the k_aux largest among `dead` (n_dead), numbered by their places there. dtype: precision of the product (default: the weights')."""
+    dtype, n, mesh = dtype or W_enc.dtype, len(W_enc), mesh or ALONE
+    # Rows that are never selected make the number of columns a multiple of 64, as topk likes it.
+    W, b = W_enc.to(dtype), b_enc.to(dtype)
+    if n % 64:
+        W, b = F.pad(W, (0, 0, 0, -n % 64)), F.pad(b, (0, -n % 64), value=-math.inf)
+    n_dead = len(dead) if k_aux else 0
+    if 8 * n_dead > n:
         only_dead = torch.full_like(b, -math.inf).index_fill_(0, dead, 0.0)
-        place = torch.zeros(len(b), dtype=torch.long, device=u.device).index_copy_(0, dead, torch.arange(len(dead), device=u.device))  # of each among the dead
-        codes, dead_codes = [], []
-        for v in (u - b_pre).to(dtype).split(max(1, DENSE[u.device.type] // n)):
-            pre_acts = F.linear(v, W, b)  # (chunk, d) @ (d, n) -> (chunk, n): the one dense product
-            active = k if k < n else max(1, int((pre_acts > 0).sum(1).max()))  # k = n: ReLU, as wide as it needs to be
-            codes.append(topk(pre_acts, active))
-            if 8 * len(dead) > n:
-                values, j = topk(pre_acts.add_(only_dead), min(k_aux, len(dead)))
-                dead_codes.append((values, place[j]))
-            elif len(dead):
-                dead_codes.append(topk(pre_acts.index_select(1, dead), min(k_aux, len(dead))))
-        values, indices = _join(codes, u, n)
-        dead_values, dead_indices = _join(dead_codes, u, len(dead)) if len(dead) else (u.new_empty(len(u), 0), dead.new_empty(len(u), 0))
-        ctx.save_for_backward(u, W_enc, b_pre, values, dead_values, dead)
-        ctx.indices = indices, dead_indices  # no gradient flows through them; as they are, because they keep their order by latent
-        ctx.mark_non_differentiable(indices, dead_indices)
-        return values, indices, dead_values, dead_indices
-
-    @staticmethod
-    def backward(ctx, g, _, g_dead, __):
-        u, W_enc, b_pre, values, dead_values, dead = ctx.saved_tensors
-        indices, dead_indices = ctx.indices
-        v, ones, n = u - b_pre, torch.ones_like(u[:, :1]), len(W_enc)
-        g, g_dead = g * (values > 0), g_dead * (dead_values > 0)  # ReLU
-        d_b_enc = scatter_sum(g, indices, ones, n)[:, 0]
-        d_b_pre = -(d_b_enc @ W_enc) if ctx.needs_input_grad[3] else None  # summed over the batch first, then one product; not from the dead
-        d_W_enc = scatter_sum(g, indices, v, n) if ctx.needs_input_grad[1] else None
-        d_u = gather_sum(g, indices, W_enc) if ctx.needs_input_grad[0] else None
-        if len(dead):
-            d_b_enc.index_add_(0, dead, scatter_sum(g_dead, dead_indices, ones, len(dead))[:, 0])
-            if d_W_enc is not None:
-                d_W_enc.index_add_(0, dead, scatter_sum(g_dead, dead_indices, v, len(dead)))
-            if d_u is not None:
-                d_u += gather_sum(g_dead, dead_indices, W_enc[dead])
-        return d_u, d_W_enc, d_b_enc, d_b_pre, None, None, None, None
+        place = torch.zeros(len(b), dtype=torch.long, device=u.device).index_copy_(0, dead, torch.arange(n_dead, device=u.device))
+    codes, dead_codes = [], []
+    for v in (u - b_pre).to(dtype).split(max(1, DENSE[u.device.type] // n)):
+        pre_acts = F.linear(v, W, b)  # (chunk, d) @ (d, n) -> (chunk, n)
+        active = min(k, n) if k < n * mesh.shards else max(1, int((pre_acts > 0).sum(1).max()))  # k = n: ReLU, as wide as it needs to be
+        codes.append(topk(pre_acts, active))
+        if 8 * n_dead > n:
+            values, j = topk(pre_acts.add_(only_dead), min(k_aux, n_dead))
+            dead_codes.append((values, place[j]))
+        elif n_dead:
+            dead_codes.append(topk(pre_acts.index_select(1, dead), min(k_aux, n_dead)))
+        del pre_acts  # before the next ones are made
+    values, indices = _join(codes, n)
+    code = keep_global(values, k, mesh).relu().to(u.dtype), indices
+    if not k_aux:
+        return code, None
+    values, indices = _join(dead_codes, n_dead) if n_dead else (u.new_empty(len(u), 0, dtype=dtype), indices[:, :0])
+    if mesh.shards > 1:  # as wide everywhere
+        values, indices = F.pad(values, (0, k_aux - values.shape[1]), value=-math.inf), F.pad(indices, (0, k_aux - indices.shape[1]))
+    return code, (keep_global(values, k_aux, mesh).relu().to(u.dtype), indices)
 
 
-def _join(codes, u, n):
-    """Codes of consecutive chunks, which may differ in width -> values (B, k), ReLU'd, in the precision of u, and indices (B, k)."""
+def _join(codes, n):
+    """Codes of consecutive chunks, which may differ in width -> values, indices (B, k)."""
     width = max(values.shape[1] for values, _ in codes)
     values, indices = (torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts]) for parts in zip(*codes))
-    return values.relu().to(u.dtype), indices.clamp(max=n - 1)  # only a row of NaN selects a column beyond n
+    return values, indices.clamp(max=n - 1)  # only a row of NaN selects a column beyond n
 
 
-def sparse_encode(u, W_enc, b_enc, b_pre, k, dtype=None, dead=None, k_aux=0):
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, W_enc, b_enc, b_pre, values, indices, mesh):
+        ctx.save_for_backward(u, W_enc, b_pre, values)
+        ctx.indices, ctx.mesh = indices, mesh  # as they are, because they keep their order by latent
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, g):
+        u, W_enc, b_pre, values = ctx.saved_tensors
+        n, indices, mesh = len(W_enc), ctx.indices, ctx.mesh
+        g = g * (values > 0)  # ReLU
+        d_b_enc = scatter_sum(g, indices, torch.ones_like(u[:, :1]), n)[:, 0]
+        d_b_pre = mesh.sum(-(d_b_enc @ W_enc), "shard") if ctx.needs_input_grad[3] else None  # summed over the batch first, then one product
+        d_W_enc = scatter_sum(g, indices, u - b_pre, n) if ctx.needs_input_grad[1] else None
+        d_u = mesh.sum(gather_sum(g, indices, W_enc), "shard") if ctx.needs_input_grad[0] else None
+        return d_u, d_W_enc, d_b_enc, d_b_pre, None, None, None
+
+
+def encode_selected(u, W_enc, b_enc, b_pre, values, indices, mesh=None):
+    """What `select` found -> the same values and indices, differentiable in values with respect to u, W_enc, b_enc and b_pre."""
+    return _Encode.apply(u, W_enc, b_enc, b_pre, values, indices, mesh or ALONE), indices
+
+
+def sparse_encode(u, W_enc, b_enc, b_pre, k, dtype=None, mesh=None):
     """ReLU(TopK(W_enc (u - b_pre) + b_enc)) as values, indices (B, k). Differentiable in values with respect to all four tensors.
 
-    u (B, d), W_enc (n, d), b_enc (n), b_pre (d). dtype: precision of the product (default: the weights'); the rest stays in the
-    weights'. With `dead` (n_dead), the same product also gives the code of the top k_aux among those latents, as two more
-    tensors (B, min(k_aux, n_dead)), numbered by their places in `dead`, whose gradient does not reach b_pre.
+    u (B, d), W_enc (n, d), b_enc (n), b_pre (d). dtype: precision of the product (default: the weights'); the rest stays in the weights'.
     """
-    none = torch.empty(0, dtype=torch.long, device=u.device)
-    code = _SparseEncode.apply(u, W_enc, b_enc, b_pre, k, dtype, none if dead is None else dead, k_aux)
-    return code[:2] if dead is None else code
+    return encode_selected(u, W_enc, b_enc, b_pre, *select(u, W_enc, b_enc, b_pre, k, dtype, mesh)[0], mesh)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -446,7 +483,7 @@ if triton:
 
     @triton.jit
     def _sortable(x, BITS: tl.constexpr):
-        """Floats -> integers in the same order, NaN highest: BITS = 16 for bf16, whose lower half is empty, 32 for fp32."""
+        """Floats -> integers in the same order, positive NaN highest: BITS = 16 for bf16, whose lower half is empty, 32 for fp32."""
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS)
 
@@ -469,7 +506,7 @@ if triton:
             j = start + tl.arange(0, J)
             v = tl.load(values + b * k + j, mask=j < k, other=0.0)
             i = tl.load(indices + b * k + j, mask=j < k, other=0)
-            w = tl.load(W + i[:, None] * d + col[None, :], mask=(j < k)[:, None] & (col < d)[None, :], other=0.0)  # (J, D)
+            w = tl.load(W + i[:, None] * d + col[None, :], mask=(v != 0)[:, None] & (col < d)[None, :], other=0.0)  # (J, D)
             total += tl.sum(v[:, None] * w, axis=0)
         tl.store(out + b * d + col, total, mask=col < d)
 
@@ -499,7 +536,7 @@ if triton:
                 at = p + tl.arange(0, J)
                 pair = tl.load(order + at, mask=at < stop, other=0)
                 v = tl.load(values + pair, mask=at < stop, other=0.0)
-                g = tl.load(G + (pair // k)[:, None] * d + col[None, :], mask=(at < stop)[:, None] & (col < d)[None, :], other=0.0)  # (J, D)
+                g = tl.load(G + (pair // k)[:, None] * d + col[None, :], mask=(v != 0)[:, None] & (col < d)[None, :], other=0.0)  # (J, D)
                 total += tl.sum(v[:, None] * g, axis=0)
             if piece == first:
                 tl.store(out + i * d + col, total, mask=col < d)
@@ -518,18 +555,31 @@ if triton:
             tl.store(out + i * d + col, total, mask=col < d)
 
 
-def topk_kernel(x, k, group=32):
+def on_its_device(launch):
+    """Triton launches on the current device: make that the first argument's."""
+
+    @functools.wraps(launch)
+    def launch_there(x, *args, **kwargs):
+        with torch.cuda.device_of(x):
+            return launch(x, *args, **kwargs)
+
+    return launch_there
+
+
+@on_its_device
+def topk_kernel(x, k):
     B, n = x.shape
+    group = 2 ** int(math.log2(n / k) / 2)  # as many groups as numbers in k groups, so that both searches are as small as can be
     m = triton.cdiv(n, group)
-    while m < k:  # there must be k groups
-        group, m = group // 2, triton.cdiv(n, group // 2)
     x, M, K = x.contiguous(), triton.next_power_of_2(m), triton.next_power_of_2(k)
     values, indices = x.new_empty(B, k), torch.empty(B, k, dtype=torch.long, device=x.device)
     maxima, chosen = torch.empty(B, m, dtype=torch.int32, device=x.device), torch.empty(B, k, dtype=torch.int32, device=x.device)
-    _topk[(B,)](x, values, indices, maxima, chosen, n, k, m, BITS=16 if x.dtype == torch.bfloat16 else 32, GROUP=group, STEP=min(M, 4096 // group), M=M, K=K, num_warps=4 if M <= 2048 else 16)
+    warps = min(16, max(4, max(M, K * group) // 512))  # more numbers a thread than 32 would spill
+    _topk[(B,)](x, values, indices, maxima, chosen, n, k, m, BITS=16 if x.dtype == torch.bfloat16 else 32, GROUP=group, STEP=min(M, 4096 // group), M=M, K=K, num_warps=warps)
     return values, indices
 
 
+@on_its_device
 def gather_sum_kernel(values, indices, W):
     (B, k), d = indices.shape, W.shape[1]
     out = W.new_empty(B, d)
@@ -537,6 +587,7 @@ def gather_sum_kernel(values, indices, W):
     return out
 
 
+@on_its_device
 def gather_dot_kernel(G, W, indices):
     (B, k), d = indices.shape, W.shape[1]
     out = W.new_empty(B, k)
@@ -544,6 +595,7 @@ def gather_dot_kernel(G, W, indices):
     return out
 
 
+@on_its_device
 def scatter_sum_kernel(values, order, starts, G, k, piece=128):
     n, d = len(starts) - 1, G.shape[1]
     # A dense latent may have thousands of pairs, a rare one none: work is cut into pieces of equal size, at least one a latent.
@@ -551,10 +603,138 @@ def scatter_sum_kernel(values, order, starts, G, k, piece=128):
     spare = len(order) // piece  # at most so many more pieces than latents, so nothing waits for their true number
     latent_of = torch.searchsorted(pieces, torch.arange(n + spare, device=G.device), right=True) - 1
     out, parts = G.new_empty(n, d), G.new_empty(spare, d)
-    columns = triton.cdiv(d, 256)
-    _scatter_sum[(n + spare, columns)](values.contiguous(), order, starts, pieces, latent_of, G, out, parts, n, d, k, PIECE=piece, J=8, D=256)
-    _sum_parts[(n, columns)](pieces, out, parts, d, D=256)
+    J, D = (8, 256) if d > 1 else (128, 1)  # one column: the gradient of b_enc
+    columns = triton.cdiv(d, D)
+    _scatter_sum[(n + spare, columns)](values.contiguous(), order, starts, pieces, latent_of, G, out, parts, n, d, k, PIECE=piece, J=J, D=D)
+    _sum_parts[(n, columns)](pieces, out, parts, d, D=D)
     return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Many processes: replicas, each with its own part of every batch, times shards, each with its own part of the latents (the paper's
+# data and latent sharding). Alone, every function below returns its argument, so that the algorithm reads the same.
+
+
+class Mesh:
+    """Where this process stands among replicas x shards, and how it talks to the others."""
+
+    shards, shard, replicas, replica, groups = 1, 0, 1, 0, {}
+
+    @classmethod
+    def join(cls, shards=1, device="cpu"):
+        """The mesh of the processes that torchrun started (without torchrun: just this one). Raises ValueError if they do not divide."""
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world % shards:
+            raise ValueError(f"{world} process{'es' * (world > 1)} cannot be cut into {shards} shards; start a multiple: torchrun --nproc_per_node {shards} sae.py ...")
+        mesh, kind = cls(), "cuda" if device.startswith("cuda") else "cpu"
+        if "WORLD_SIZE" in os.environ:
+            if kind == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if not dist.is_initialized():
+                timeout = datetime.timedelta(minutes=10)
+                store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+                if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun restarts on one machine reuse its store: see pytorch/pytorch#135712
+                    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+                dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+            grid = dist.device_mesh.init_device_mesh(kind, (world // shards, shards), mesh_dim_names=("replica", "shard"))
+            (mesh.replicas, mesh.shards), (mesh.replica, mesh.shard) = grid.shape, grid.get_coordinate()
+            mesh.groups = {"replica": grid.get_group("replica"), "shard": grid.get_group("shard"), "world": dist.group.WORLD}
+        return mesh
+
+    @property
+    def first(self):
+        """Whether this is the process that writes and speaks for all."""
+        return self.shard == self.replica == 0
+
+    def part(self, n):
+        """The range of this shard's latents among n. Raises ValueError if n does not divide."""
+        if n % self.shards:
+            raise ValueError(f"n_latents = {n} must be a multiple of --shards {self.shards}")
+        return range(self.shard * n // self.shards, (self.shard + 1) * n // self.shards)
+
+    def sum(self, x, over, wait=True):
+        """x, summed in place over "shard", "replica" or "world". The same bits everywhere. wait=False: returns what to wait() for."""
+        if not self.groups:
+            return x
+        work = dist.all_reduce(x, group=self.groups[over], async_op=not wait)
+        return x if wait else work
+
+    def least(self, x):
+        """x, in place its minimum over the replicas."""
+        if self.groups:
+            dist.all_reduce(x, dist.ReduceOp.MIN, group=self.groups["replica"])
+        return x
+
+    def gather(self, x):
+        """(B, k) of each shard -> (B, shards k), the same on all."""
+        if self.shards == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.shards)]
+        dist.all_gather(parts, x.contiguous(), group=self.groups["shard"])
+        return torch.cat(parts, 1)
+
+    def agree(self, x):
+        """Any small object of the first process, on all."""
+        if self.groups:
+            dist.broadcast_object_list(box := [x], src=0)
+            return box[0]
+        return x
+
+    def share(self, x, over, shape, device):
+        """The tensor (float32) that the first process of "shard" or "world" holds, on all; the others may pass None."""
+        if not self.groups:
+            return x
+        src = dist.get_global_rank(self.groups[over], 0)
+        x = x.to(device, torch.float32).contiguous() if dist.get_rank() == src else torch.empty(shape, device=device)
+        dist.broadcast(x, src, group=self.groups[over])
+        return x
+
+    def follow(self, stream, shape, device):
+        """The stream of a replica's first shard, on all its shards."""
+        if not self.groups:
+            yield from stream
+        for x in stream or itertools.repeat(None):
+            yield self.share(x, "shard", shape, device)
+
+    def leave(self):
+        if self.groups:
+            dist.destroy_process_group()
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+ALONE = Mesh()
+
+
+class _SumShards(torch.autograd.Function):
+    """Every shard goes on with the same sum, so the gradient of each term is the gradient of the sum."""
+
+    @staticmethod
+    def forward(ctx, x, mesh):
+        ctx.mark_dirty(x)
+        return mesh.sum(x, "shard")
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+def sum_shards(x, mesh):
+    """x, summed over the shards; differentiable."""
+    return x if mesh.shards == 1 else _SumShards.apply(x, mesh)
+
+
+def keep_global(values, k, mesh):
+    """Every shard's own largest values (B, width) -> those among the k largest of all shards; the others become 0.
+
+    All shards select from the same numbers with the same code, so that ties break the same way and exactly k survive.
+    """
+    if mesh.shards == 1:
+        return values
+    everyone = mesh.gather(values)  # (B, shards * width)
+    kept = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, topk(everyone, min(k, everyone.shape[1]))[1], True)
+    return torch.where(kept.split(values.shape[1], 1)[mesh.shard], values, 0.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -582,13 +762,15 @@ class Config:
     dead_tokens: int = option(0, "a latent is dead when silent for so many tokens")
     ema: float = option(0.0, "decay of the weights' moving average")
     clip: float = option(0.0, "clip the gradient norm to this; 0: no clipping, as in the paper for GPT-2 small")
+    accumulate: int = option(1, "parts in which a batch is worked through, to save memory; the result stays the same")
+    shards: int = option(1, "under torchrun: processes that share the latents; the others work on their own part of the batch")
     multi_topk: bool = option(False, "Multi-TopK loss L(k) + L(4k)/8: a code that is good at many test-time k")
     l1: float = option(0.0, "train the ReLU baseline with this L1 penalty instead; --k and AuxK do not apply")
     precision: str = option("", "encoder product: bf16 or fp32; default: bf16 where the hardware has it")
     seed: int = option(0, "seed of initialisation and data order")
     device: str = option("", "cuda or cpu; default: cuda if there")
     minutes: float = option(5.0, "minutes between checkpoints")
-    resume: bool = option(False, "continue the run in --out from its last checkpoint, bit-exactly on CPU")
+    resume: bool = option(False, "continue the run in --out from its last checkpoint, bit-exactly on CPU; under torchrun: or begin")
 
 
 PAPER_BATCH = 131_072
@@ -602,6 +784,8 @@ def resolve(cfg, d_model, tokens):
         raise ValueError(f"--l1 {c.l1:g} must be positive, and goes without --multi_topk")
     if c.l1:
         c.k, c.aux_coef = c.n_latents, 0.0
+    if c.shards < 1 or c.shards > 1 and c.k == c.n_latents:
+        raise ValueError(f"--shards {c.shards} must be positive, and goes with TopK only (k < n_latents, no --l1)")
     if not 1 <= c.k <= c.n_latents:
         raise ValueError(f"k = {c.k} must be between 1 and n_latents = {c.n_latents}")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -640,31 +824,60 @@ class Trainer:
         self.params = list(sae.parameters())
         self.adam = torch.optim.Adam(self.params, lr=cfg.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
         self.ema = [torch.zeros_like(p) for p in self.params]
-        self.silent = torch.zeros(sae.n_latents, dtype=torch.long, device=sae.W_dec.device)  # tokens since each latent fired
-        self.n_dead = 0
+        self.silent = torch.zeros(len(sae.W_dec), dtype=torch.long, device=sae.W_dec.device)  # tokens since each latent fired
+        self.n_dead = self.own_dead = 0  # in all shards, in this one
+        self.last, self.sums = False, []  # gradients are summed over the replicas while the backward pass goes on
+        if sae.mesh.groups:
+            for p in self.params:
+                p.register_post_accumulate_grad_hook(self.sum_gradient)
 
-    def step(self, x):
-        """One optimizer step on raw activations x (B, d). Returns dict of tensors: nmse, l0, dead."""
-        cfg, sae = self.cfg, self.sae
+    def sum_gradient(self, p):
+        if self.last:
+            self.sums.append(self.sae.mesh.sum(p.grad, "replica", wait=False))
+
+    def step(self, x, stop=False, save=False):
+        """One optimizer step on this replica's part of the batch: raw activations x (B / replicas, d).
+
+        Returns a dict: nmse, l0, dead, and whether any process wants to stop or save, which all learn at the same step.
+        """
+        cfg, sae, mesh = self.cfg, self.sae, self.sae.mesh
         if x.shape[1] != sae.d_model:
             raise ValueError(f"these activations have width {x.shape[1]}, the autoencoder {sae.d_model}")
-        u = normalize(x.to(sae.W_dec.device, sae.W_dec.dtype))[0]
-        dead = self.silent[:0]
-        if cfg.aux_coef and self.n_dead:
-            dead = (self.silent > cfg.dead_tokens).int().argsort(descending=True, stable=True)[: self.n_dead]
-        loss, nmse, values, indices = losses(sae, u, self.scale, dead, cfg.k_aux, cfg.aux_coef, cfg.multi_topk, cfg.l1)
-        fired = torch.where(values > 0, 0, torch.iinfo(torch.long).max)
-        silent = (self.silent + len(u)).scatter_reduce(0, indices.flatten(), fired.flatten(), "amin")
-        known = peek(torch.stack([loss.detach().double(), (silent > cfg.dead_tokens).sum().double()]))
+        if len(x) % cfg.accumulate:
+            raise ValueError(f"--accumulate {cfg.accumulate} does not divide the {len(x)} tokens of a process")
+        k_aux = min(cfg.k_aux, self.n_dead) if cfg.aux_coef else 0
+        dead = (self.silent > cfg.dead_tokens).int().argsort(descending=True, stable=True)[: self.own_dead * bool(k_aux)]
+        dead_rows = [p.detach()[dead].requires_grad_() for p in (sae.W_enc, sae.b_enc, sae.W_dec)]  # AuxK's gradient waits here for var(e)
+        share, silent, total = 1 / (cfg.accumulate * mesh.replicas), self.silent + len(x) * mesh.replicas, 0.0
         self.adam.zero_grad()
-        loss.backward()
-        value, n_dead = known()  # of the forward pass, while a GPU is still busy with the backward one
+        for i, piece in enumerate(x.chunk(cfg.accumulate), 1):
+            u = normalize(piece.to(sae.W_dec.device, sae.W_dec.dtype))[0]
+            loss, aux, nmse, values, indices, e = losses(sae, u, self.scale, dead, k_aux, dead_rows, cfg.multi_topk, cfg.l1)
+            silent = silent.scatter_reduce(0, indices.flatten(), torch.where(values > 0, 0, torch.iinfo(torch.long).max).flatten(), "amin")
+            l0 = (values > 0).sum(1).float().mean() * mesh.shards
+            total = total + share / mesh.shards * torch.cat([torch.stack([(loss + aux).detach(), nmse, l0]).double(), moments(e)])
+            self.last = i == cfg.accumulate
+            if self.last:
+                mesh.least(silent)
+                own_dead = (silent > cfg.dead_tokens).sum().double()[None]
+                flags = [total.new_full((1,), float(flag)) for flag in (stop, save)]
+                total = mesh.sum(torch.cat([own_dead / mesh.replicas, *flags, total]), "world")
+                known = peek(torch.cat([own_dead, total[:4]]))
+            ((loss + aux) * share).backward()
+        own_dead, n_dead, stop, save, value = known()  # of the forward pass, while a GPU is still busy with the backward one
+        for work in self.sums:
+            work.wait()
+        self.sums.clear()
         if not math.isfinite(value):
             raise ValueError(f"the loss is {value} at step {self.steps + 1}; lower --lr (now {cfg.lr:g}) or look for bad activations")
-        self.silent, self.n_dead = silent, int(n_dead)
+        if len(dead):
+            weight = cfg.aux_coef * auxk_weight(total[6:], sae.W_dec.dtype)
+            for p, rows in zip((sae.W_enc, sae.b_enc, sae.W_dec), dead_rows):
+                p.grad.index_add_(0, dead, mesh.sum(rows.grad, "replica") * weight)
+        self.silent, self.own_dead, self.n_dead = silent, int(own_dead), round(n_dead)
         self.update()
         self.steps += 1
-        return {"nmse": nmse, "l0": (values > 0).sum(1).float().mean(), "dead": self.n_dead}
+        return {"nmse": total[4], "l0": total[5], "dead": self.n_dead, "stop": stop > 0, "save": save > 0}
 
     @torch.no_grad()
     def update(self):
@@ -673,7 +886,9 @@ class Trainer:
         for g, W in zip(self.sae.W_dec.grad.split(4096), self.sae.W_dec.split(4096)):  # in pieces: no temporary as large as the decoder
             g.addcmul_(torch.linalg.vecdot(g, W)[:, None], W, value=-1)
         if self.cfg.clip:
-            nn.utils.clip_grad_norm_(self.params, self.cfg.clip)
+            own = nn.utils.get_total_norm([p.grad for p in self.params if p is not self.sae.b_pre])
+            norm = (self.sae.mesh.sum(own.square(), "shard") + self.sae.b_pre.grad.norm().square()).sqrt()
+            nn.utils.clip_grads_with_norm_(self.params, self.cfg.clip, norm)
         self.adam.step()
         self.sae.normalize_decoder()
         torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema)
@@ -688,25 +903,60 @@ class Trainer:
         return sae
 
     def state(self):
-        return {"config": dataclasses.asdict(self.cfg), "steps": self.steps, "scale": self.scale, "sae": self.sae.state_dict(),
-                "adam": self.adam.state_dict(), "ema": self.ema, "silent": self.silent, "meta": self.sae.meta}  # fmt: skip
+        """What this shard owns, for a checkpoint."""
+        tensors, mesh = {"silent": self.silent.cpu()}, self.sae.mesh
+        for (name, p), average in zip(self.sae.named_parameters(), self.ema):
+            adam = self.adam.state[p]
+            tensors |= {name: p.detach().cpu(), f"{name}.ema": average.cpu(), f"{name}.m": adam["exp_avg"].cpu(), f"{name}.v": adam["exp_avg_sq"].cpu()}
+        return {"config": dataclasses.asdict(self.cfg), "steps": self.steps, "scale": self.scale, "meta": self.sae.meta,
+                "shard": mesh.shard, "shards": mesh.shards, "tensors": tensors}  # fmt: skip
 
     @classmethod
-    def load(cls, path, cfg):
-        """Read a checkpoint. Raises ValueError if it was made with another configuration."""
-        saved = load_file(path, cfg.device)
-        mine, free = dataclasses.asdict(cfg), ("resume", "minutes", "out", "acts", "device")
-        differs = [f"{k}: {saved['config'][k]} there, {mine[k]} now" for k in mine if k not in free and saved["config"][k] != mine[k]]
+    def load(cls, files, cfg, mesh=None):
+        """Read a checkpoint, a file a shard, whatever the number of shards here. Raises ValueError if it was made with another configuration."""
+        saved, mesh = [load_file(file, mmap=True) for file in files], mesh or ALONE
+        mine, free = dataclasses.asdict(cfg), ("resume", "minutes", "out", "acts", "device", "shards", "accumulate")
+        theirs = saved[0]["config"]
+        differs = [f"{k}: {theirs[k]} there, {mine[k]} now" for k in mine if k not in free and theirs[k] != mine[k]]
         if differs:
-            raise ValueError(f"{path} was made with another configuration ({'; '.join(differs)}); use those values or another --out")
-        sae = SAE(saved["sae"]["W_dec"].shape[1], cfg.n_latents, cfg.k).to(cfg.device)
-        sae.load_state_dict(saved["sae"])
-        sae.meta = saved["meta"]
-        trainer = cls(cfg, sae, saved["scale"])
-        trainer.adam.load_state_dict(saved["adam"])
-        trainer.ema, trainer.silent, trainer.steps = saved["ema"], saved["silent"], saved["steps"]
-        trainer.n_dead = int((trainer.silent > cfg.dead_tokens).sum())
+            raise ValueError(f"{files[0]} was made with another configuration ({'; '.join(differs)}); use those values or another --out")
+        sae = SAE(saved[0]["tensors"]["b_pre"].numel(), cfg.n_latents, cfg.k, mesh)
+        sae.meta, own = saved[0]["meta"], mesh.part(cfg.n_latents)
+        sae.load_state_dict({name: rows_of(saved, name, own) for name in sae.state_dict()})
+        trainer = cls(cfg, sae.to(cfg.device), saved[0]["scale"])
+        trainer.steps = saved[0]["steps"]
+        for i, (name, p) in enumerate(sae.named_parameters()):
+            m, v, trainer.ema[i] = (rows_of(saved, f"{name}.{what}", own).to(p) for what in ("m", "v", "ema"))
+            trainer.adam.state[p] = {"step": torch.tensor(float(trainer.steps), device=p.device), "exp_avg": m, "exp_avg_sq": v}
+        trainer.silent = rows_of(saved, "silent", own).to(cfg.device)
+        trainer.own_dead = int((trainer.silent > cfg.dead_tokens).sum())
+        trainer.n_dead = int(mesh.sum(torch.tensor(trainer.own_dead, device=cfg.device), "shard"))
         return trainer
+
+
+def rows_of(saved, name, own):
+    """Rows `own` (a range) of a tensor that the shards of a checkpoint hold between them; b_pre's are whole in each."""
+    parts, first = [s["tensors"][name] for s in saved], 0
+    if name.startswith("b_pre"):
+        return parts[0].clone()
+    out = []
+    for part in parts:
+        out.append(part[max(0, own.start - first) : max(0, own.stop - first)])
+        first += len(part)
+    return torch.cat(out)
+
+
+def checkpoints(out):
+    """The checkpoints in a run directory that are whole, newest first, each a list with a file a shard. Says which files are damaged."""
+    found, damaged = {}, []
+    for file in sorted(Path(out).glob("checkpoint*.pt")):
+        try:
+            head = load_file(file, mmap=True)
+            found.setdefault((head["steps"], head["shards"]), {})[head["shard"]] = file
+        except (ValueError, KeyError) as e:
+            damaged.append(str(e))
+    whole = [[files[s] for s in sorted(files)] for (_, shards), files in sorted(found.items(), reverse=True) if len(files) == shards]
+    return whole, damaged
 
 
 def peek(x):
@@ -714,7 +964,7 @@ def peek(x):
     if not x.is_cuda:
         return x.tolist
     host, done = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True), torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(x.device))
     return lambda: (done.synchronize(), host.tolist())[1]
 
 
@@ -730,41 +980,57 @@ def nmse(sae, x, chunk=8192):
     return (error / sum((c - mean).square().sum() for c in u)).item()
 
 
-def train(cfg, batches, val=None, meta=None):
+def train(cfg, batches, val=None, meta=None, mesh=None):
     """Train for cfg.tokens tokens. Returns the SAE: EMA or raw weights, whichever has the lower NMSE on `val` (without val: EMA).
 
     cfg: a Config from `resolve`. batches: a function `step -> iterator of (B, d) activations from that step on`
     (what an exact resume needs), or any iterable of them. val: held-out activations (N, d). meta: dict kept in the SAE.
+    mesh: from `Mesh.join` under torchrun. Then `batches` gives the replica's part (B / replicas, d) and is used by its first shard
+    only, `val` and `meta` are those of the first process, and the SAE returned is a shard's; out/sae.pt is always whole.
     Writes log.jsonl, checkpoint.pt and sae.pt into cfg.out. Ctrl-C and SIGTERM save a checkpoint, then raise KeyboardInterrupt.
+    Raises ValueError for data, configurations and losses that cannot be trained on, and when another process of the mesh is lost.
     """
-    out, begun = Path(cfg.out), time.time()
+    out, begun, mesh = Path(cfg.out), time.time(), mesh or ALONE
+    if cfg.batch % (mesh.replicas * cfg.accumulate):
+        raise ValueError(f"a batch of {cfg.batch} cannot be cut into {mesh.replicas} replicas times {cfg.accumulate} parts; choose another --batch")
     start = batches if callable(batches) else lambda step: itertools.islice(batches, step, None)
-    checkpoint, log_file = out / "checkpoint.pt", out / "log.jsonl"
-    if cfg.resume and not checkpoint.exists():
-        raise ValueError(f"nothing to resume: there is no {checkpoint}; drop --resume")
-    if not cfg.resume and (checkpoint.exists() or (out / "sae.pt").exists()):
+    log_file = out / "log.jsonl"
+    restarted = mesh.sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=cfg.device), "world") > 0  # by torchrun
+    files, damaged = mesh.agree(checkpoints(out))
+    if cfg.resume and not files and not mesh.groups:  # under torchrun, --resume may be there from the first start
+        raise ValueError(f"nothing to resume: {damaged[0] if damaged else f'there is no checkpoint in {out}'}; drop --resume or choose another --out")
+    if not (cfg.resume or restarted) and (files or damaged or (out / "sae.pt").exists()):
         raise ValueError(f"{out} already holds a run; continue it with --resume or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-
-    if cfg.resume:
-        trainer = Trainer.load(checkpoint, cfg)
+    meta, leads = mesh.agree(meta), mesh.shard == 0
+    if files:
+        for message in damaged * mesh.first:
+            print(f"{message}; using the checkpoint before it", file=sys.stderr)
+        trainer = Trainer.load(files[0], cfg, mesh)
         if differs := [f"{k} {trainer.sae.meta.get(k)}, not {v}" for k, v in (meta or {}).items() if trainer.sae.meta.get(k) != v]:
-            raise ValueError(f"{checkpoint} was trained on {'; '.join(differs)}; give the activations that it was trained on")
-        cut_log(log_file, trainer.steps)
-        stream = start(trainer.steps)
+            raise ValueError(f"{files[0][0]} was trained on {'; '.join(differs)}; give the activations that it was trained on")
+        if mesh.first:
+            cut_log(log_file, trainer.steps)
+        stream = start(trainer.steps) if leads else None
     else:
-        stream = start(0)
-        first = list(itertools.islice(stream, math.ceil(32768 / cfg.batch)))
-        stream = itertools.chain(first, stream)
-        sample = normalize(torch.cat(first)[:32768].to(cfg.device, torch.float32))[0]
+        stream, sample = start(0) if leads else None, torch.empty(0)
+        if leads:
+            first = list(itertools.islice(stream, math.ceil(32768 / cfg.batch)))
+            sample = normalize(torch.cat(first)[:32768].to(cfg.device, torch.float32))[0]
+            stream = itertools.chain((first.pop(0) for _ in range(len(first))), stream)  # none is kept longer than it is needed
+        sample = mesh.share(sample, "world", mesh.agree(sample.shape), cfg.device)
         torch.manual_seed(cfg.seed)
-        sae = SAE(sample.shape[1], cfg.n_latents, cfg.k).to(cfg.device)
+        sae = SAE(sample.shape[1], cfg.n_latents, cfg.k, mesh).to(cfg.device)
         sae.init_from_data(sample)
         sae.meta = dict(meta or {})
         trainer = Trainer(cfg, sae, (sample - sample.mean(0)).square().mean().item())
-        del first, sample
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        log_file.write_text("")
+        del sample
+        out.mkdir(parents=True, exist_ok=True)
+        if mesh.first:
+            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+            log_file.write_text("")
+    stream = mesh.follow(stream, (cfg.batch // mesh.replicas, trainer.sae.d_model), cfg.device)
+    if shape := mesh.agree(val is not None and tuple(val.shape)):
+        val = mesh.share(val, "world", shape, cfg.device)
 
     steps = cfg.tokens // cfg.batch
     every = max(1, steps // 200)
@@ -772,50 +1038,71 @@ def train(cfg, batches, val=None, meta=None):
     stop, saved_at = [], time.time()
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
     paces, mark = [], (trainer.steps, time.time())
-    print("     step |   nmse    val |    l0 |   dead |      lr |   tok/s |    eta", file=sys.stderr)
+    if mesh.first:
+        print("     step |   nmse    val |    l0 |   dead |      lr |   tok/s |    eta", file=sys.stderr)
     try:
         while trainer.steps < steps:
             try:
                 x = next(stream)
             except (StopIteration, ValueError) as e:  # the data is at fault, not the training so far
                 if trainer.steps:
-                    save_atomic(checkpoint, trainer.state())
+                    save_checkpoint(trainer)
                 raise e if isinstance(e, ValueError) else ValueError(f"the activations ended after step {trainer.steps} of {steps}; give more and --resume") from None
-            info = trainer.step(x)
+            info = trainer.step(x, bool(stop), mesh.first and time.time() - saved_at > 60 * cfg.minutes)
             done = trainer.steps
             evaluate = val is not None and (done % eval_every == 0 or done == steps)
             if done % every == 0 or evaluate or done == steps:
-                line = {"step": done, "tokens": done * cfg.batch} | {name: float(v) for name, v in info.items()}
+                line = {"step": done, "tokens": done * cfg.batch} | {name: float(info[name]) for name in ("nmse", "l0", "dead")}
                 paces = [*paces[-19:], (time.time() - mark[1]) / (done - mark[0])]
                 pace = sorted(paces)[len(paces) // 2]  # seconds a step, the median of late
                 line["tokens_per_s"] = cfg.batch / pace
                 if evaluate:
                     line["val_nmse"] = nmse(trainer.sae, val)
                 mark = done, time.time()
-                with open(log_file, "a") as f:
-                    f.write(json.dumps(line) + "\n")
-                show(line, cfg, steps, pace)
-            if stop or (time.time() - saved_at > 60 * cfg.minutes and done < steps):
-                save_atomic(checkpoint, trainer.state())
+                if mesh.first:
+                    with open(log_file, "a") as f:
+                        f.write(json.dumps(line) + "\n")
+                    show(line, cfg, steps, pace)
+            if info["stop"] or info["save"] and done < steps:
+                save_checkpoint(trainer)
                 saved_at = time.time()
-                if stop:
-                    raise KeyboardInterrupt(f"stopped at step {done}; saved {checkpoint}; continue with --resume")
+                if info["stop"]:
+                    raise KeyboardInterrupt(f"stopped at step {done}; saved a checkpoint in {out}; continue with --resume")
         trainer.sae.product_dtype = None  # the final scores, and the SAE handed back, in full precision
         torch.set_float32_matmul_precision("highest")
         raw, average = trainer.sae, trainer.averaged()
         scores = {"raw": nmse(raw, val), "ema": nmse(average, val)} if val is not None else {"ema": math.nan}
         kept = min(scores, key=scores.get)
         sae = raw if kept == "raw" else average
-        sae.meta |= {"weights": kept, "nmse": scores, "tokens": steps * cfg.batch, "config": dataclasses.asdict(cfg), "seconds": time.time() - begun}
-        sae.meta["dead"] = int((trainer.silent > cfg.dead_tokens).sum())
-        sae.save(out / "sae.pt")
-        save_atomic(checkpoint, trainer.state())
+        sae.meta |= {"weights": kept, "nmse": scores, "tokens": steps * cfg.batch, "config": dataclasses.asdict(cfg), "seconds": time.time() - begun, "dead": trainer.n_dead}
+        save_checkpoint(trainer)
+        mesh.agree(None)  # wait for the others' files
+        if mesh.first:
+            whole = sae
+            if mesh.shards > 1:
+                whole = Trainer.load(checkpoints(out)[0][0], dataclasses.replace(cfg, device="cpu"))
+                whole = whole.sae if kept == "raw" else whole.averaged()
+                whole.meta = sae.meta
+            whole.save(out / "sae.pt")
+    except RuntimeError as e:
+        if not mesh.groups or isinstance(e, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"lost contact with another process of this run at step {trainer.steps + 1} ({str(e).splitlines()[0][:90]}); continue from the last checkpoint with --resume") from e
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
-    scores = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-    print(f"held-out nmse: {scores}; kept the {kept} weights in {out / 'sae.pt'}", file=sys.stderr)
+    if mesh.first:
+        scores = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        print(f"held-out nmse: {scores}; kept the {kept} weights in {out / 'sae.pt'}", file=sys.stderr)
     return sae
+
+
+def save_checkpoint(trainer):
+    """Each shard writes what it owns, and keeps the checkpoint before this one in case a crash tears this one."""
+    mesh = trainer.sae.mesh
+    if mesh.replica == 0:
+        of = f".{mesh.shard}of{mesh.shards}" if mesh.shards > 1 else ""
+        save_atomic(Path(trainer.cfg.out) / f"checkpoint{of}.pt", trainer.state(), Path(trainer.cfg.out) / f"checkpoint{of}.old.pt")
 
 
 def cut_log(path, step):
@@ -839,8 +1126,8 @@ def show(line, cfg, steps, pace):
         print(("\r" if tty else "") + text, end="\n" if "val_nmse" in line or not tty else "", file=sys.stderr, flush=True)
 
 
-def save_atomic(path, obj):
-    """torch.save through a temporary file that is synced and renamed: `path` is either whole or as it was."""
+def save_atomic(path, obj, old=None):
+    """torch.save through a temporary file that is synced and renamed: `path` is either whole or as it was. `old`: where that goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -849,15 +1136,17 @@ def save_atomic(path, obj):
             torch.save(obj, f)
             f.flush()
             os.fsync(f.fileno())
+        if old and path.exists():
+            path.replace(old)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def load_file(path, device="cpu"):
-    """torch.load that executes nothing. Raises ValueError for a file that is damaged or of another kind."""
+def load_file(path, mmap=False):
+    """torch.load onto the CPU that executes nothing. Raises ValueError for a file that is damaged or of another kind."""
     try:
-        return dict(torch.load(path, map_location=device, weights_only=True))
+        return dict(torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as e:  # zip, pickle and storage errors come in many types
         raise ValueError(f"{path} is not a readable file of weights ({type(e).__name__}); it may be cut short or of another kind") from e
 
@@ -894,8 +1183,70 @@ def parse_config(argv=None):
             p.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=f"{f.metadata['help']} (default: {f.default!r})")
     p.add_argument("--bench", action="store_true", help="time the training step and its parts on random data (d = 768) and exit")
     p.add_argument("--json", action="store_true", help="with --bench: one line of JSON")
-    options = vars(p.parse_args(argv))
-    return options.pop("bench"), options.pop("json"), Config(**options)
+    p.add_argument("--plan", action="store_true", help="print what a run of this size needs on --world devices, and exit: bytes, FLOPs, communication, time")
+    p.add_argument("--d_model", type=int, default=768, help="with --plan: width of the activations (default: 768)")
+    p.add_argument("--world", type=int, default=1, help="with --plan: devices (default: 1)")
+    p.add_argument("--speeds", default="790,4300,50", help="with --plan: a device's TFLOP/s, GB/s of memory, GB/s to others (default: 790,4300,50)")
+    a = p.parse_args(argv)
+    return a, Config(**{f.name: getattr(a, f.name) for f in dataclasses.fields(Config)})
+
+
+def plan(cfg, d, world=1, speeds=(790, 4300, 50), dead=0.05):
+    """What a run would take, before renting it: a dict of bytes a device, FLOPs and bytes sent a token, and seconds a step.
+
+    cfg: a Config from `resolve`; d: d_model; world: devices; speeds of one: TFLOP/s of the product, GB/s of its memory, GB/s to others;
+    dead: the share of latents that are dead, for AuxK. Bytes are counted at the peaks of `Trainer.step`; times are added, not overlapped.
+    """
+    S, n, k, kind = cfg.shards, cfg.n_latents, cfg.k * (4 if cfg.multi_topk else 1), "cuda" if cfg.device.startswith("cuda") else "cpu"
+    R, own, e = world // S, n // S, 2 if cfg.precision == "bf16" else 4
+    if world % S or n % S or cfg.batch % (R * cfg.accumulate):
+        raise ValueError(f"{world} devices, {S} shards, n = {n} and a batch of {cfg.batch} in {cfg.accumulate} parts must divide without rest")
+    tokens, k_own, own_dead = cfg.batch // R, min(k, own), int(own * dead)
+    b, k_aux = tokens // cfg.accumulate, min(cfg.k_aux, int(n * dead)) if cfg.aux_coef else 0
+    weights, bd = 4 * (own * (2 * d + 1) + d), 4 * b * d
+    chunk = min(b, max(1, DENSE[kind] // own))
+
+    def searching(n, k):  # what topk needs beside the pre-activations of a chunk
+        if kind == "cuda":
+            return chunk * (4 * math.ceil(n / 2 ** int(math.log2(max(1, n / k)) / 2)) + 16 * k)
+        group = 64
+        while group > 4 and (n % group or n < 4 * k * group):
+            group //= 2
+        return chunk * k * (8 * 7 + (group + 8) * e) if group > 4 else 12 * chunk * k
+
+    gathering = lambda k: b * S * k * (2 * e + 1) + 16 * b * k if S > 1 else 0
+    encoder = own * d * e * (e < 4) + bd * e // 4  # the weights and inputs of the product, in its precision
+    aux_rows = 2 * 4 * own_dead * (2 * d + 1) * bool(k_aux)
+    aux_codes = 12 * b * k_aux
+    dense = 4 * b * own_dead if k_aux and own_dead <= NARROW[kind] * k_aux else 0
+    select = bd + encoder + chunk * own * e + max(searching(own, k_own), chunk * own_dead * e * bool(k_aux)) + aux_rows // 2
+    gather = bd + encoder + 2 * 12 * b * k_own + max(gathering(k_own), gathering(k_aux) + aux_codes)
+    losses = (6 + bool(k_aux)) * bd + 12 * b * k_own + aux_codes + aux_rows // 2 + dense
+    backward = (4 + bool(k_aux)) * bd + 44 * b * k_own + aux_codes + aux_rows + dense + (weights if cfg.accumulate == 1 else 0)
+    again = weights if cfg.accumulate > 1 else 0  # gradients of the parts before
+    step = max(select, gather, losses, backward) + again
+    per_device = {"weights": weights, "gradients and temporaries": step, "Adam": 2 * weights, "EMA": weights, "batch and counters": tokens * d * 2 + 8 * own}
+    per_device["peak"] = sum(per_device.values())
+    flops = 2 * d * n + 8 * d * k + 8 * d * k_aux
+    sent = (S - 1) * (k_own + k_aux) * e + (2 * (S - 1) / S * 4 * d) * (1 + bool(k_aux)) + 4 * d * (S > 1) + 2 * (R - 1) / R * weights / tokens
+    memory = tokens * (2 * own * e + 4 * d * 4 * (k / S + k_aux / S) + 20 * 4 * d) + 13 / 4 * 4 * weights
+    seconds = {"product": 2 * d * own * tokens / speeds[0] / 1e12, "memory": memory / speeds[1] / 1e9, "communication": tokens * sent / speeds[2] / 1e9}
+    return {"bytes": per_device, "flops_per_token": flops, "bytes_sent_per_token": sent, "seconds": seconds, "replicas": R,
+            "seconds_per_billion": sum(seconds.values()) / cfg.batch * 1e9}  # fmt: skip
+
+
+def show_plan(cfg, d, world, speeds):
+    p = plan(cfg, d, world, speeds)
+    print(f"n {cfg.n_latents:,}, k {cfg.k}, d {d}, batch {cfg.batch:,} in {cfg.accumulate} part{'s' * (cfg.accumulate > 1)}, {cfg.precision}, AuxK on 5 % dead; "
+          f"{world} devices: {p['replicas']} replicas x {cfg.shards} shards")  # fmt: skip
+    print("bytes a device")
+    for name, size in p["bytes"].items():
+        print(f"  {name:<28} {size / 1e9:>10.3f} GB")
+    print(f"FLOPs a token, all shards      {p['flops_per_token'] / 1e9:>10.3f} GFLOP\nbytes sent a token and device   {p['bytes_sent_per_token'] / 1e3:>9.1f} kB")
+    print(f"seconds a step at {speeds[0]:g} TFLOP/s, {speeds[1]:g} GB/s memory, {speeds[2]:g} GB/s links, nothing overlapped (counted, not measured)")
+    for name, t in p["seconds"].items():
+        print(f"  {name:<28} {t:>10.4f} s")
+    print(f"a billion tokens               {p['seconds_per_billion'] / 3600:>10.2f} hours")
 
 
 def bench(cfg, as_json, d=768, repeats=5):
@@ -907,7 +1258,8 @@ def bench(cfg, as_json, d=768, repeats=5):
     cuda, n, k = cfg.device.startswith("cuda"), cfg.n_latents, cfg.k
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     cfg = resolve(dataclasses.replace(cfg, batch=cfg.batch or (PAPER_BATCH if cuda else max(512, 2**27 // n)), tokens=10**10), d, 0)
-    wanted = 4 * 22 * d * n + 10 * cfg.batch * (k + d) * 4 + 8 * DENSE["cuda" if cuda else "cpu"]  # weights, gradients, Adam, EMA, the baseline's own, temporaries
+    dense = 2**30 if cuda else 2**27  # pre-activations of the baseline at once
+    wanted = 4 * 22 * d * n + 10 * cfg.batch * (k + d) * 4 + 12 * dense  # weights, gradients, Adam, EMA, the baseline's own, temporaries
     free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if wanted > free:
         return print(f"n {n}: needs about {wanted / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; left out")
@@ -917,7 +1269,7 @@ def bench(cfg, as_json, d=768, repeats=5):
     sae, dead = trainer.sae, torch.randperm(n, device=cfg.device)[: n // 20]
     W, u = (t.to(sae.product_dtype or t.dtype) for t in (sae.W_enc.detach(), normalize(x)[0]))
     chunks = u.split(max(1, DENSE[u.device.type] // n))
-    pre_acts, plain = F.linear(chunks[0], W), x[: max(1, 2**27 // n)]
+    pre_acts, plain = F.linear(chunks[0], W), x[: max(1, dense // n)]
     values, indices = (c.detach() for c in sae.encode(u.float()))
     dense_sae = copy.deepcopy(sae)
     dense_adam = torch.optim.Adam(dense_sae.parameters(), lr=1e-4, fused=True)
@@ -925,7 +1277,7 @@ def bench(cfg, as_json, d=768, repeats=5):
     def step(n_dead):
         trainer.silent.zero_()
         trainer.silent[dead[:n_dead]] = 2 * cfg.dead_tokens
-        trainer.n_dead = n_dead
+        trainer.n_dead = trainer.own_dead = n_dead
         trainer.step(x)
 
     def gradients():
@@ -947,7 +1299,7 @@ def bench(cfg, as_json, d=768, repeats=5):
     by_latent(indices, n)
     B = cfg.batch
     work = {  # name -> (tokens, function)
-        "encoder product alone": (B, lambda: [F.linear(chunk, W) for chunk in chunks]),
+        "encoder product alone": (B, lambda: any(F.linear(chunk, W) is None for chunk in chunks)),
         "step, nothing dead": (B, lambda: step(0)),
         "step, 5 % dead (AuxK)": (B, lambda: step(len(dead))),
         "part: topk": (len(pre_acts), lambda: topk(pre_acts, k)),
@@ -985,32 +1337,49 @@ def bench(cfg, as_json, d=768, repeats=5):
 def main(argv=None):
     import harvest
 
-    timing, as_json, cfg = parse_config(argv)
+    a, cfg = parse_config(argv)
+    if a.plan:
+        cfg.device = cfg.device or "cuda"
+        try:
+            speeds = [float(x) for x in a.speeds.split(",")]
+            assert len(speeds) == 3 and min(speeds) > 0 and a.world > 0 and a.d_model > 1
+        except (ValueError, AssertionError):
+            raise ValueError(f"--speeds {a.speeds} --world {a.world} --d_model {a.d_model}: give three positive numbers, such as 790,4300,50, and positive sizes") from None
+        return show_plan(resolve(cfg, a.d_model, 10**9), a.d_model, a.world, speeds)
     keep_heap()
     cfg.device = harvest.pick_device(cfg.device)
-    if timing:
-        return bench(cfg, as_json)
+    if ":" in cfg.device:
+        torch.cuda.set_device(cfg.device)
+    if a.bench:
+        return bench(cfg, a.json)
     resolve(cfg, 2, 10**9)  # complain about impossible values before any work
-    acts, device = Path(cfg.acts), cfg.device
+    mesh = Mesh.join(cfg.shards, cfg.device)
+    acts, device, data, facts = Path(cfg.acts), cfg.device, None, None
     if cfg.stream or (device.startswith("cuda") and not harvest.is_harvested(acts)):
         cfg.acts = ""
-        model, encoding = harvest.load_model(cfg.model, device, needs_text=not cfg.text)
-        data = held_out = harvest.Stream(model, encoding, cfg.text or harvest.default_text(model))
-        available = 400_000_000
+        if mesh.shard == 0:
+            model, encoding = harvest.load_model(cfg.model, device, needs_text=not cfg.text)
+            data = held_out = harvest.Stream(model, encoding, cfg.text or harvest.default_text(model))
+            facts = data.meta, 400_000_000
     else:
         if not harvest.is_harvested(acts):
+            if mesh.groups:
+                raise ValueError(f"no complete activations at {acts}; make them first: python harvest.py --model {cfg.model} --out {acts}, or give --stream")
             print(f"no complete activations at {acts}: harvesting", file=sys.stderr)
             harvest.main(["--model", cfg.model, "--out", cfg.acts, "--device", device] + (["--text", cfg.text] if cfg.text else []))
         data, held_out = harvest.Acts(acts), harvest.Acts(acts, "val")
         if cfg.model not in ("auto", data.meta["model"]) or cfg.text not in ("", data.meta["text"]):
             raise ValueError(f"{acts} holds activations of {data.meta['model']} on {data.meta['text']}; name another --acts, or leave out --model and --text")
-        available = data.n_tokens
-    cfg = resolve(cfg, data.d_model, available)
-    val = held_out.sample(65536 if device.startswith("cuda") else 8192)[1].flatten(0, 1)
-    where = {name: data.meta[name] for name in ("model", "layer", "site", "context", "text")}
-    print(f"{where['model']}, layer {where['layer']}, {where['site']}: {cfg.tokens:,} tokens, d {data.d_model}, n {cfg.n_latents}, k {cfg.k}, batch {cfg.batch}, lr {cfg.lr:.2g}, "
-          f"ema {cfg.ema:.4g}, dead after {cfg.dead_tokens:,} tokens, {cfg.precision} on {cfg.device}, into {cfg.out}", file=sys.stderr)  # fmt: skip
-    train(cfg, lambda step: data.batches(cfg.batch, cfg.seed, step, cfg.device), val, where)
+        facts = data.meta, data.n_tokens
+    meta, available = mesh.agree(facts)
+    cfg = resolve(cfg, meta["d_model"], available)
+    val = held_out.sample(65536 if device.startswith("cuda") else 8192)[1].flatten(0, 1) if mesh.first else None
+    where = {name: meta[name] for name in ("model", "layer", "site", "context", "text")}
+    if mesh.first:
+        print(f"{where['model']}, layer {where['layer']}, {where['site']}: {cfg.tokens:,} tokens, d {meta['d_model']}, n {cfg.n_latents}, k {cfg.k}, batch {cfg.batch}, lr {cfg.lr:.2g}, "
+              f"ema {cfg.ema:.4g}, dead after {cfg.dead_tokens:,} tokens, {cfg.precision} on {device}, {mesh.replicas} x {mesh.shards} processes, into {cfg.out}", file=sys.stderr)  # fmt: skip
+    train(cfg, lambda step: data.batches(cfg.batch // mesh.replicas, cfg.seed, step, device, mesh.replica, mesh.replicas), val, where, mesh)
+    mesh.leave()
 
 
 if __name__ == "__main__":
