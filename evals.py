@@ -1116,7 +1116,7 @@ def load(path, device):
     path = Path(path)
     if path.is_file():
         return SAE.load(path, device), path, path.with_suffix(".evals.json")
-    if not (path / "sae.pt").exists() and (path / "checkpoint.pt").exists():
+    if not (path / "sae.pt").exists() and any(path.glob("checkpoint*.pt")):
         raise UserError(f"{path} is not finished; continue it with: python sae.py --resume --out {path} and the options it was started with")
     return SAE.load(path / "sae.pt" if path.is_dir() else path, device), path / "sae.pt", path / "evals.json"
 

@@ -953,7 +953,9 @@ def checkpoints(out):
         try:
             head = load_file(file, mmap=True)
             found.setdefault((head["steps"], head["shards"]), {})[head["shard"]] = file
-        except (ValueError, KeyError) as e:
+        except KeyError:
+            damaged.append(f"{file} was written by another version of sae.py")
+        except ValueError as e:
             damaged.append(str(e))
     whole = [[files[s] for s in sorted(files)] for (_, shards), files in sorted(found.items(), reverse=True) if len(files) == shards]
     return whole, damaged
@@ -1218,7 +1220,8 @@ def plan(cfg, d, world=1, speeds=(790, 4300, 50), dead=0.05):
     encoder = own * d * e * (e < 4) + bd * e // 4  # the weights and inputs of the product, in its precision
     aux_rows = 2 * 4 * own_dead * (2 * d + 1) * bool(k_aux)
     aux_codes = 12 * b * k_aux
-    dense = 4 * b * own_dead if k_aux and own_dead <= NARROW[kind] * k_aux else 0
+    is_dense = k_aux and own_dead <= NARROW[kind] * k_aux
+    dense = 4 * b * own_dead * is_dense
     select = bd + encoder + chunk * own * e + max(searching(own, k_own), chunk * own_dead * e * bool(k_aux)) + aux_rows // 2
     gather = bd + encoder + 2 * 12 * b * k_own + max(gathering(k_own), gathering(k_aux) + aux_codes)
     losses = (6 + bool(k_aux)) * bd + 12 * b * k_own + aux_codes + aux_rows // 2 + dense
@@ -1227,10 +1230,13 @@ def plan(cfg, d, world=1, speeds=(790, 4300, 50), dead=0.05):
     step = max(select, gather, losses, backward) + again
     per_device = {"weights": weights, "gradients and temporaries": step, "Adam": 2 * weights, "EMA": weights, "batch and counters": tokens * d * 2 + 8 * own}
     per_device["peak"] = sum(per_device.values())
-    flops = 2 * d * n + 8 * d * k + 8 * d * k_aux
+    aux_columns = own_dead * S if is_dense else k_aux  # that its four sparse products touch
+    flops = 2 * d * n + 8 * d * k + 8 * d * aux_columns
     sent = (S - 1) * (k_own + k_aux) * e + (2 * (S - 1) / S * 4 * d) * (1 + bool(k_aux)) + 4 * d * (S > 1) + 2 * (R - 1) / R * weights / tokens
-    memory = tokens * (2 * own * e + 4 * d * 4 * (k / S + k_aux / S) + 20 * 4 * d) + 13 / 4 * 4 * weights
-    seconds = {"product": 2 * d * own * tokens / speeds[0] / 1e12, "memory": memory / speeds[1] / 1e9, "communication": tokens * sent / speeds[2] / 1e9}
+    gathered = 4 * 4 * d * (k + k_aux * (not is_dense)) / S  # in decode, d_values, two weight gradients
+    memory = tokens * (2 * own * e + gathered + 20 * 4 * d) + 13 * weights
+    products = 2 * d * own + 2 * 8 * d * own_dead * is_dense  # TF32 has half the speed
+    seconds = {"products": products * tokens / speeds[0] / 1e12, "memory": memory / speeds[1] / 1e9, "communication": tokens * sent / speeds[2] / 1e9}
     return {"bytes": per_device, "flops_per_token": flops, "bytes_sent_per_token": sent, "seconds": seconds, "replicas": R,
             "seconds_per_billion": sum(seconds.values()) / cfg.batch * 1e9}  # fmt: skip
 
