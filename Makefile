@@ -1,4 +1,5 @@
-# make run     the whole job on the embedded model: install, harvest, train, evaluate. About ten minutes on two CPU cores.
+# make run     the whole job on the embedded model: install, harvest, train, evaluate, write a page to open in a browser.
+#                About ten minutes on two CPU cores.
 # make test    the tests
 # make gpt2    the paper's setting: GPT-2 small, layer 8, n = 32768, k = 32, activations streamed (needs CUDA and a download)
 # make bench   tokens/s of a training step and its parts against the encoder product alone, at three sizes
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 RUN := runs/stdlib_n32768_k32
 
 run: $(RUN)/sae.pt
-	@$(PY) evals.py $(RUN)
+	@$(PY) evals.py $(RUN) --report
 
 test: .venv/ready
 	$(PY) -m pytest -q test_sae.py
@@ -17,7 +18,7 @@ test: .venv/ready
 gpt2: .venv/ready
 	test -e runs/gpt2_n32768_k32/sae.pt || $(PY) sae.py --n_latents 32768 --k 32 --model gpt2 --stream --out runs/gpt2_n32768_k32 \
 	    $$(test ! -e runs/gpt2_n32768_k32/checkpoint.pt || echo --resume)
-	$(PY) evals.py runs/gpt2_n32768_k32
+	$(PY) evals.py runs/gpt2_n32768_k32 --report
 
 bench: .venv/ready
 	@for n in 32768 131072 524288; do $(PY) sae.py --n_latents $$n --k 32 --bench; done

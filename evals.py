@@ -5,6 +5,7 @@ evals.py: an autoencoder -> every metric of the paper, as a table and as JSON.
     python evals.py runs/n32768_k32 --all               # the slower metrics too (minutes); or --only probes,refinement
     python evals.py 8.pt --model gpt2 --layer 8 --all   # one of OpenAI's released autoencoders
     python evals.py --fit runs/*                        # scaling laws through many runs
+    python evals.py runs/n32768_k32 --report            # report.html: metrics and every latent, in a browser
 
 One function a metric. Each takes an SAE and plain tensors or a model, and returns a dict of numbers; a key ending in `_se`
 is the standard error of the number before it. Losses are in nats per token. Results are kept as they come: a second call
@@ -23,9 +24,11 @@ computes only what is missing.
     test_time_k                 other k than the one trained with                         section 5.3
     fixed_threshold             a threshold in place of TopK                              section 5.3
     fit_scaling_law             L(n, k), L(N), L(C)                                       section 3
+    report                      all of it as one page, and what each latent fires on      (the authors' visualizer)
 """
 
 import argparse
+import base64
 import json
 import math
 import sys
@@ -1033,6 +1036,189 @@ def fit_main(paths):
 
 
 # --------------------------------------------------------------------------------------------------
+# The report: one page that opens from disk, with everything known about an autoencoder and its latents.
+
+
+def pack(array):
+    """A numpy array as JSON: its type (u1, u2, u4, i1 or f4) and its bytes in base64."""
+    array = np.ascontiguousarray(array)
+    return {"type": array.dtype.str[1:], "data": base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()}
+
+
+def smallest(array):
+    """Non-negative integers in as few bytes as they need."""
+    most = int(array.max()) if array.size else 0
+    return np.asarray(array).astype(np.uint8 if most < 2**8 else np.uint16 if most < 2**16 else np.uint32)
+
+
+def top_two_ways(scores, k):
+    """scores (L, V) -> the k largest and then the k smallest of each row: indices (L, 2 k), values (L, 2 k)."""
+    up, down = scores.topk(k, dim=1), scores.topk(k, dim=1, largest=False)
+    return torch.cat([up.indices, down.indices], 1), torch.cat([up.values, down.values], 1)
+
+
+def ranges(starts, lengths):
+    """The numbers of all ranges [start, start + length), one after the other."""
+    return np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+
+
+@torch.no_grad()
+def report(sae, model, encoding, tokens, x, layer, site, most=0, examples=6, bins=12, seed=0):
+    """What the page shows of single latents, from tokens (C, T) with raw activations x (C, T, d): a dict ready for JSON.
+
+    most: at most so many of the latents that fire, a seeded sample; 0: all. For each: density, moments and histogram of its
+    activations, the `examples` contexts with the highest peaks and as many evenly spaced among the rest, all activations in them,
+    the tokens that carry its activation, its direct effect on the logits (the decoder row through the final norm and the
+    unembedding), the measured one at its highest peak (its contribution there is taken away), and the nearest decoder rows.
+    """
+    (C, T), ids = tokens.shape, tokens.flatten().numpy()
+    latent, token, value = (v.numpy() for v in active_pairs(sae, x.flatten(0, 1)))
+    live = np.unique(latent)
+    if most and len(live) > most:
+        live = np.sort(np.random.default_rng(seed).permutation(live)[:most])
+    kept = np.isin(latent, live)
+    rank, token, value = np.searchsorted(live, latent[kept]), token[kept], value[kept].astype(np.float64)
+    if not len(live):
+        raise UserError("no latent fires on this text; there is nothing to show")
+
+    # Moments over the tokens where a latent fires, and a histogram of them between 0 and its maximum.
+    starts = np.flatnonzero(np.diff(rank, prepend=-1))
+    counts = np.diff(starts, append=len(rank))
+    mean = np.add.reduceat(value, starts) / counts
+    moment = lambda p: np.add.reduceat((value - mean[rank]) ** p, starts) / counts
+    spread, peak = np.sqrt(moment(2)), np.maximum.reduceat(value, starts)
+    with np.errstate(all="ignore"):
+        skew, kurtosis = (np.where(spread > 1e-9 * mean, moment(p) / spread**p, np.nan) for p in (3, 4))
+    every = np.histogram(value, 40)
+    histogram = np.bincount(rank * bins + np.minimum(bins - 1, (value / peak[rank] * bins).astype(int)), minlength=len(live) * bins)
+    stats = {"density": counts / (C * T), "mean": mean, "mean square": np.add.reduceat(value**2, starts) / (C * T), "skew": skew, "kurtosis": kurtosis, "max": peak}
+
+    # The tokens that carry most of a latent's activation.
+    pairs, where = np.unique(rank.astype(np.int64) * model.config.n_vocab + ids[token], return_inverse=True)
+    share = np.bincount(where, value) / (mean * counts)[pairs // model.config.n_vocab]
+    order = np.lexsort((-share, pairs // model.config.n_vocab))
+    of = (pairs // model.config.n_vocab)[order]
+    place = np.arange(len(of)) - np.searchsorted(of, of)
+    main, main_share = np.zeros((len(live), 5), int), np.zeros((len(live), 5))
+    best = place < 5
+    main[of[best], place[best]], main_share[of[best], place[best]] = (pairs % model.config.n_vocab)[order][best], share[order][best]
+
+    # Examples: whole contexts, the highest peaks first, then evenly spaced among the others.
+    group = np.flatnonzero(np.diff(rank * C + token // T, prepend=-1))
+    size, top = np.diff(group, append=len(rank)), np.maximum.reduceat(value, group)
+    order = np.lexsort((-top, rank[group]))
+    of = rank[group][order]
+    place, total = np.arange(len(of)) - np.searchsorted(of, of), np.bincount(of, minlength=len(live))
+    rest = np.maximum(total[of] - examples, 1)
+    step = (place - examples) * examples // rest  # which of the later examples this one may be: the first of each step is
+    before = (place - examples - 1) * examples // rest
+    some = order[(place < examples) | (step != before)]
+    of_pairs = ranges(group[some], size[some])
+    shown = {"context": smallest(token[group[some]] // T), "pairs": smallest(size[some]), "per latent": smallest(np.bincount(rank[group[some]], minlength=len(live))),
+             "position": smallest(token[of_pairs] % T), "value": np.ceil(value[of_pairs] / peak[rank[of_pairs]] * 255).astype(np.uint8)}
+
+    # Effects on the logits, and neighbours.
+    W = sae.W_dec[torch.from_numpy(live).to(sae.W_dec.device)].float()
+    rows = {name: [] for name in ("direct", "direct value", "near", "near cosine", "effect", "effect value", "effect size")}
+    k = min(8, model.config.n_vocab // 2)
+    unembedding, near = model.wte.weight.float(), min(6, len(live))
+    for w in W.split(1024):
+        if W.shape[1] == unembedding.shape[1] and site != "mlp_post_act":
+            logits = (w - w.mean(1, keepdim=True)) * model.ln_f.weight.float() @ unembedding.T
+            tokens_, values_ = top_two_ways(logits - logits.mean(1, keepdim=True), k)
+            rows["direct"].append(tokens_), rows["direct value"].append(127 * values_ / values_.abs().amax(1, keepdim=True).clamp_min(1e-30))
+        cosine, at = (w @ W.T).topk(near, dim=1)
+        rows["near"].append(at), rows["near cosine"].append(127 * cosine.clamp(-1, 1))
+    at = np.zeros(len(live), int)  # the token of each latent's highest activation
+    highest = np.lexsort((-value, rank))
+    at[rank[highest[::-1]]] = token[highest[::-1]]
+    found = measured_effects(sae, model, tokens, layer, site, live, at, k)
+    rows["effect"], rows["effect value"], rows["effect size"] = ([v] for v in found)
+    joined = {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items() if parts}
+    kinds = {"effect value": np.float32, "effect size": np.float32, "direct value": np.int8, "near cosine": np.int8}
+    numbers = {name: np.round(a).astype(np.int8) if kinds.get(name) == np.int8 else a.astype(np.float32) if name in kinds else smallest(a) for name, a in joined.items()}
+    known = token_ids(encoding)
+    text = [encoding.decode_single_token_bytes(i).decode("utf-8", "backslashreplace") if i in known else "" for i in range(model.config.n_vocab)]
+    return {"T": T, "tokens": pack(smallest(ids)), "vocabulary": text, "latents": pack(live.astype(np.uint32)), "n_live": len(live), "bins": bins, "top": k, "near": near, "examples": examples,
+            "activations": {"edges": every[1].tolist(), "counts": every[0].tolist()}, "stats": {name: pack(v.astype(np.float32)) for name, v in stats.items()}, "histogram": pack(smallest(histogram)),
+            "main": pack(smallest(main)), "main share": pack(np.round(255 * main_share).astype(np.uint8)),
+            "shown": {name: pack(v) for name, v in shown.items()}, "numbers": {name: pack(v) for name, v in numbers.items()}}  # fmt: skip
+
+
+def token_ids(encoding):
+    """The ids that stand for bytes; a vocabulary may have gaps."""
+    return {encoding.encode_single_token(b) for b in encoding.token_byte_values()} | {encoding.eot_token}
+
+
+@torch.no_grad()
+def measured_effects(sae, model, tokens, layer, site, latents, at, k, batch=256):
+    """Take each latent's contribution away where it is highest: `at` (L), a place in the flattened tokens (C, T).
+
+    -> tokens (L, 2 k) whose logits, against the mean over the vocabulary, it raises and lowers most; by how much, in nats; and (L, 2): what its
+    absence adds to the loss of the next token (nan at the end of a context), and KL(with || without) there, in nats.
+    """
+    T, device, out = tokens.shape[1], model.device, []
+    order = np.argsort(at % T, kind="stable")  # contexts are cut after the place, so equal lengths run together
+    progress = Progress(len(order), "ablation", " latents")
+    for start in range(0, len(order), batch):
+        some = order[start : start + batch]
+        place = torch.from_numpy(at[some] % T).to(device)
+        rows, every = tokens[at[some] // T].to(device), torch.arange(len(some), device=device)
+        following = rows.gather(1, (place + 1).clamp(max=T - 1)[:, None])[:, 0]
+        rows = rows[:, : int(place.max()) + 1]
+        chosen = torch.from_numpy(latents[some]).to(device)
+
+        def edit(a):
+            act = a[every, place].to(sae.W_dec)
+            u, _, norm = normalize(act) if sae.normalized else (act, None, 1.0)
+            values, indices = sae.encode(u)
+            z = (values * (indices == chosen[:, None])).sum(1, keepdim=True)
+            a = a.clone()
+            a[every, place] -= (z * sae.W_dec[chosen] * norm).to(a)
+            return a
+
+        clean, without = (model(rows, *args)[every, place].float().log_softmax(1) for args in ((), (layer, site, edit)))
+        change = clean - without
+        loss = torch.where(place < T - 1, change.gather(1, following[:, None])[:, 0], math.nan)
+        kl = (clean.exp() * change).sum(1).clamp_min(0)
+        out.append((*top_two_ways(change - change.mean(1, keepdim=True), k), torch.stack([loss, kl], 1)))
+        progress(start + len(some))
+    progress.finish()
+    back = torch.from_numpy(np.argsort(order))
+    return tuple(torch.cat(part).cpu()[back] for part in zip(*out))
+
+
+def write_report(path, page):
+    """Write the page to `path`, its data as one JSON block in which no `<` is left to be taken for a tag."""
+    data = json.dumps(page, allow_nan=False).replace("<", "\\u003c")
+    part = Path(path).with_name(Path(path).name + ".part")
+    part.write_text(PAGE.replace("/*STYLE*/", STYLE).replace("/*SCRIPT*/", SCRIPT).replace("/*DATA*/", data), encoding="utf-8")
+    part.replace(path)
+
+
+def make_report(path, results, page, run, runs):
+    """Everything known: the results so far, the training curves, the latents, and where several runs were given the law through them."""
+    log = Path(run) / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    metrics = [row[:5] for metric, result in results.items() if isinstance(result, dict) for row in cells(metric, result)]
+    plots = {name: results[metric][name] for metric, name in (("density", "log10_density"), ("density", "log10_mean_square")) if metric in results}
+    plots |= {"positions": {key: results["positions"][key] for key in ("nmse", "norm")}} if "positions" in results else {}
+    plots |= {"test_time_k": {key: results["test_time_k"][key] for key in ("at", "nmse", "delta_ce")}} if "test_time_k" in results else {}
+    overlay = [{key: r[key] for key in ("path", "n_latents", "k", "tokens", "nmse")} for r in read_runs(runs)] if len(runs) > 1 else []
+    law = None
+    if overlay:
+        try:
+            law = {name: v for name, v in fit_scaling_law(overlay).items() if name in ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta", "r2")}
+        except UserError as e:
+            print(f"  no law is fitted through these runs: {e}", file=sys.stderr)
+    per = {i: [v["precision"], v["recall"]] for i, v in results.get("n2g", {}).get("per_latent", {}).items()}
+    kept = path.with_name(path.name.replace("report.html", "n2g.json"))
+    patterns = {i: e["readable"][:8] for i, e in json.loads(kept.read_text())["latents"].items()} if per and kept.exists() else {}
+    curves = {name: [line.get(name) for line in lines] for name in ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")}
+    write_report(path, page | {"about": results["about"], "metrics": metrics, "plots": plots, "curves": curves, "runs": overlay, "law": law, "n2g": per, "patterns": patterns})
+
+
+# --------------------------------------------------------------------------------------------------
 # The command line.
 
 QUICK = ("reconstruction", "memorization", "density", "dense_latents", "positions", "downstream")
@@ -1087,17 +1273,23 @@ ROWS = [  # metric, key, what the table says, unit, what the sample counts
     ("ablation_sparsity", "random_here", "the same, a random direction", "of V", "samples"),]
 
 
-def table(metric, result):
-    """One metric's result (dict) -> lines of the table: value, standard error, unit, sample size."""
-    lines = []
+def cells(metric, result):
+    """One metric's result (dict) -> (label, value, standard error, unit, sample) of each line of the table; None for what there is not."""
     for key, label, unit_, of in (row[1:] for row in ROWS if row[0] == metric and row[1] in result):
-        size = f"{result[of]:>9,} {of.replace('_', ' ')}"
         several = isinstance(result[key], list)
         values, errors = (result.get(name) if several else [result.get(name)] for name in (key, key + "_se"))
         for at, value, error in zip(result["at"] if several else [""], values, errors):
-            value = f"{value:10.4f}" if value is not None else f"         -  ({result[key + '_why']})"
-            error = f" ± {error:.4f}" if error is not None and math.isfinite(error) else ""
-            lines.append(f"  {label.format(at):<40}{value}{error:<10} {unit_:<14} {size}".rstrip())
+            yield label.format(at), value, error if error is not None and math.isfinite(error) else None, unit_, f"{result[of]:,} {of.replace('_', ' ')}", result.get(key + "_why")
+
+
+def table(metric, result):
+    """One metric's result (dict) -> lines of the table: value, standard error, unit, sample size."""
+    lines = []
+    for label, value, error, unit_, size, why in cells(metric, result):
+        value = f"{value:10.4f}" if value is not None else f"         -  ({why})"
+        error = f" ± {error:.4f}" if error is not None else ""
+        count, of = size.split(" ", 1)
+        lines.append(f"  {label:<40}{value}{error:<10} {unit_:<14} {count:>9} {of}".rstrip())
     if metric == "n2g":
         lines.append(f"    skipped, too few positives: {result['skipped']} of {result['explained']} explained; too few to explain: {result['unexplained']} latents")
         lines += [f"    latent {i}: {'  '.join(text)}" for i, text in result["samples"].items()]
@@ -1141,7 +1333,8 @@ def main(argv=None):
     p.add_argument("--text", help="text where there are no harvested activations (default: what the model was trained on)")
     p.add_argument("--tokens", type=int, default=0, help="tokens for NMSE, density, probes, N2G; 0: 2^18 on CUDA, 2^16 on CPU")
     p.add_argument("--contexts", type=int, default=0, help="held-out contexts for downstream losses; 0: 2048 on CUDA, 512 on CPU")
-    p.add_argument("--latents", type=int, default=2048, help="most latents that N2G explains (default: 2048)")
+    p.add_argument("--report", action="store_true", help="write report.html beside the results, a page to open in a browser; several runs are overlaid")
+    p.add_argument("--latents", type=int, default=0, help="most latents that N2G explains (default: 2048) and that --report shows (default: all that fire)")
     p.add_argument("--device", default="", help="cuda or cpu; default: cuda if there")
     p.add_argument("--again", action="store_true", help="compute anew what is asked for")
     p.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -1208,11 +1401,11 @@ def evaluate(run, wanted, a):
 
     def explanations():
         """Made once and kept in n2g.json, beside the results."""
-        kept, key = out.with_name(out.name.replace("evals", "n2g")), json.loads(json.dumps(settings | sizes | {"latents": a.latents}))
+        kept, key = out.with_name(out.name.replace("evals", "n2g")), json.loads(json.dumps(settings | sizes | {"latents": a.latents or 2048}))
         if kept.exists() and not a.again and (saved := json.loads(kept.read_text()))["settings"] == key:
             return {int(i): N2G(e["patterns"]) for i, e in saved["latents"].items()}
         pad = encoding.encode_ordinary(" _")[-1]
-        found = explain(sae, model, seen_tokens, seen, layer, site, pad, a.latents)
+        found = explain(sae, model, seen_tokens, seen, layer, site, pad, a.latents or 2048)
         latents = {i: {"patterns": e.patterns, "readable": e.readable(encoding)} for i, e in found.items()}
         harvest.write_json(kept, {"settings": key, "latents": latents})
         return found
@@ -1245,8 +1438,8 @@ def evaluate(run, wanted, a):
         "test_time_k": (lambda: test_time_k(sae, val[: max(1, 2**14 // T)], model, chosen[:256], layer, site, k), sizes),
         "fixed_threshold": (lambda: fixed_threshold(sae, seen[: max(1, 2**14 // T)], val, model, chosen, layer, site), sizes),
         "probes": (run_probes, sizes | {"probes": a.probes and [a.probes, *map(stamp, sorted(Path(a.probes).glob("*.jsonl")))]}),
-        "n2g": (run_n2g, sizes | {"latents": a.latents}),
-        "explanation_reconstruction": (run_explanations, sizes | {"latents": a.latents}),
+        "n2g": (run_n2g, sizes | {"latents": a.latents or 2048}),
+        "explanation_reconstruction": (run_explanations, sizes | {"latents": a.latents or 2048}),
         "ablation_sparsity": (lambda: ablation_sparsity(sae, model, chosen, layer, site), sizes),
     }
     without = {} if sae.k < sae.n_latents else {"fixed_threshold": "a ReLU autoencoder has no k to calibrate a threshold for"}
@@ -1273,8 +1466,228 @@ def evaluate(run, wanted, a):
             print("\n".join(table(name, results[name])), flush=True)
     if a.json:
         print(json.dumps(results, indent=1))
+    if a.report:
+        page = report(sae, model, encoding, torch.cat([val_tokens, seen_tokens]), torch.cat([val, seen]), layer, site, a.latents)
+        out = out.with_name(out.name.replace("evals.json", "report.html"))
+        make_report(out, results, page, run, a.runs)
     print(f"{time.time() - began:.0f} s; written to {out}", file=sys.stderr)
 
+
+# --------------------------------------------------------------------------------------------------
+# The page of the report: template, style and script.
+
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,"><title>Sparse autoencoder</title><style>/*STYLE*/</style></head>
+<body><header><nav aria-label="Pages"><a href="#overview">Overview</a> <a href="#latents">Latents</a> <button id="random" type="button">Random latent (r)</button></nav>
+<form id="search" role="search"><label for="query">Find latents by word or token</label> <input id="query" type="search" autocomplete="off" placeholder="a word  ( / )"></form></header>
+<main id="main" tabindex="-1"></main><noscript>This page needs JavaScript, its own; it loads nothing.</noscript>
+<script type="application/json" id="data">/*DATA*/</script><script>/*SCRIPT*/</script></body></html>
+"""
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fdfdfb; --faint: #6a6a66; --line: #d8d8d2; --mark: 214, 106, 0; --blue: #1f5fa8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e6e1; --paper: #17181a; --faint: #a3a19b; --line: #3a3b3e; --mark: 255, 160, 60; --blue: #8ab8f0; } }
+body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+header { display: flex; flex-wrap: wrap; gap: .5em 2em; padding: .6em 1em; border-bottom: 1px solid var(--line); align-items: center; }
+main { padding: 0 1em 3em; max-width: 75em; margin: auto; outline: none; }
+nav a, nav button { margin-right: .8em; } a { color: var(--blue); }
+button, input, select { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--faint); border-radius: 4px; padding: .15em .5em; }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 1px; }
+h1 { font-size: 1.35em; margin: 1em 0 .3em; } h2 { font-size: 1.05em; margin: 1.6em 0 .3em; } p, ul { max-width: 60em; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .1em .7em .1em 0; text-align: left; border-bottom: 1px solid var(--line); }
+td.number, th.number { text-align: right; } th button { border: 0; padding: 0; font-weight: 600; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21em), 1fr)); gap: 1em; } figure { margin: 0; } figcaption { font-weight: 600; }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 11px; } .axis { stroke: var(--line); } details { color: var(--faint); font-size: .9em; }
+.context { font: 13px/1.9 ui-monospace, monospace; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding-left: .7em; margin: .4em 0; }
+.token { unicode-bidi: isolate; border-bottom: 0 solid rgb(var(--mark)); } .token.peak { font-weight: 700; text-decoration: underline dotted; text-underline-offset: 4px; }
+.word { font-family: ui-monospace, monospace; border: 1px solid var(--line); border-radius: 3px; padding: 0 .25em; unicode-bidi: isolate; white-space: pre; } .faint { color: var(--faint); }
+.key { white-space: nowrap; margin-right: 1em; font-size: .85em; } .key svg { width: 30px; height: 8px; display: inline-block; margin-right: .4em; }
+.columns { display: flex; flex-wrap: wrap; gap: 0 2.5em; } section { flex: 1 1 19em; min-width: 0; } li { white-space: pre-wrap; font: 13px/1.6 ui-monospace, monospace; }
+"""
+
+SCRIPT = r"""
+'use strict';
+const D = JSON.parse(document.getElementById('data').textContent), main = document.getElementById('main');
+const kinds = {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i1: Int8Array, f4: Float32Array};
+const unpack = p => p && new kinds[p.type](Uint8Array.from(atob(p.data), c => c.charCodeAt(0)).buffer);
+const once = make => { let made; return () => made ??= make(); };  // unpacked when first needed
+const part = Object.fromEntries(['tokens', 'latents', 'histogram', 'main', 'main share'].map(n => [n, once(() => unpack(D[n]))]));
+const stat = Object.fromEntries(Object.keys(D.stats).map(n => [n, once(() => unpack(D.stats[n]))]));
+const shown = Object.fromEntries(Object.keys(D.shown).map(n => [n, once(() => unpack(D.shown[n]))]));
+const number = Object.fromEntries(Object.keys(D.numbers).map(n => [n, once(() => unpack(D.numbers[n]))]));
+const sums = a => { const s = new Uint32Array(a.length + 1); a.forEach((v, i) => s[i + 1] = s[i] + v); return s; };
+const firstExample = once(() => sums(shown['per latent']())), firstPair = once(() => sums(shown.pairs()));
+
+// Small makers of elements; text only ever goes in as text.
+function el(tag, attributes = {}, ...children) {
+  const svg = ['svg', 'g', 'line', 'rect', 'path', 'circle', 'text'].includes(tag) || attributes.svg;
+  const e = svg ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag);
+  for (const [k, v] of Object.entries(attributes)) if (k.startsWith('on')) e.addEventListener(k.slice(2), v); else if (k !== 'svg' && v != null) e.setAttribute(k, v);
+  e.append(...children.flat().filter(c => c != null));
+  return e;
+}
+const visible = t => t.replace(/ /g, '·').replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/\r/g, '␍').replace(/[\p{C}\u2028\u2029\ufffd]/gu, c => '\\u{' + c.codePointAt(0).toString(16) + '}') || '∅';
+const word = id => el('span', {class: 'word'}, visible(D.vocabulary[id]));
+const figure = v => v == null || Number.isNaN(v) ? '–' : Number.isInteger(v) ? v.toLocaleString('en') : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
+const link = r => el('a', {href: '#latent/' + part.latents()[r]}, 'latent ' + part.latents()[r]);
+function table(head, rows, caption) {
+  const cell = (tag, v) => el(tag, typeof v === 'number' || v == null || tag === 'th' && typeof rows[0]?.[head.indexOf(v)] === 'number' ? {class: 'number'} : {}, typeof v === 'number' || v == null ? figure(v) : v);
+  return el('div', {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': caption || head.join(', ')}, el('table', {}, el('thead', {}, el('tr', {}, head.map(h => cell('th', h)))), el('tbody', {}, rows.map(r => el('tr', {}, r.map(v => cell('td', v)))))));
+}
+
+// A plot: series of {name, points: [[x, y], ...], bars, line: false}, axes with units, a tooltip a point, and the same numbers as a table.
+function plot(title, xLabel, yLabel, series, {logX, logY} = {}) {
+  series = series.map(s => ({...s, points: s.points.filter(p => p.every(Number.isFinite) && (!logX || p[0] > 0) && (!logY || p[1] > 0))})).filter(s => s.points.length);
+  if (!series.length) return null;
+  const W = 380, H = 230, L = 56, R = 10, T = 8, B = 40, all = series.flatMap(s => s.points), bars = series.some(s => s.bars);
+  const axis = (values, log, from, to, zero) => {
+    const f = log ? Math.log10 : v => v; let lo = Math.min(...values.map(f)), hi = Math.max(...values.map(f));
+    if (zero && !log) lo = Math.min(lo, 0);
+    if (hi - lo < 1e-9) { lo -= .5; hi += .5; }
+    const raw = (hi - lo) / 4, power = 10 ** Math.floor(Math.log10(raw)), step = power * [1, 2, 5, 10].find(m => m * power >= raw), ticks = [];
+    if (log) for (let p = Math.floor(lo); p <= hi; p++) ticks.push(...(hi - lo < 1.5 ? [1, 2, 5] : [1]).map(m => Math.log10(m) + p));
+    else for (let t = Math.ceil(lo / step) * step; t <= hi + 1e-9 * step; t += step) ticks.push(t);
+    const place = t => from + (t - lo) / (hi - lo) * (to - from), short = v => Math.abs(v) < 1e4 ? figure(v) : v.toLocaleString('en', {notation: 'compact'});
+    return {at: v => place(f(v)), ticks: ticks.filter(t => t >= lo - 1e-9 && t <= hi + 1e-9).map(t => [place(t), short(+(log ? 10 ** t : t).toPrecision(3))])};
+  };
+  const width = bars ? all[1]?.[0] - all[0]?.[0] || 1 : 0;
+  const x = axis([...all.map(p => p[0]), ...(bars ? [all[all.length - 1][0] + width] : [])], logX, L, W - R), y = axis(all.map(p => p[1]), logY, H - B, T, bars);
+  const svg = el('svg', {viewBox: `0 0 ${W} ${H}`, role: 'img', 'aria-label': `${title}: ${yLabel} against ${xLabel}; the numbers are in the table below`});
+  for (const [p, t] of x.ticks) svg.append(el('line', {class: 'axis', x1: p, x2: p, y1: T, y2: H - B}), el('text', {x: p, y: H - B + 14, 'text-anchor': 'middle'}, t));
+  for (const [p, t] of y.ticks) svg.append(el('line', {class: 'axis', x1: L, x2: W - R, y1: p, y2: p}), el('text', {x: L - 4, y: p + 4, 'text-anchor': 'end'}, t));
+  svg.append(el('text', {x: (L + W) / 2, y: H - 8, 'text-anchor': 'middle'}, xLabel), el('text', {x: 12, y: (H - B) / 2, 'text-anchor': 'middle', transform: `rotate(-90 12 ${(H - B) / 2})`}, yLabel));
+  series.forEach((s, i) => {
+    const colour = s.colour = s.law ? 'var(--faint)' : ['var(--blue)', 'rgb(var(--mark))', 'var(--ink)'][i % 3], tip = p => el('title', {svg: 1}, `${s.name ? s.name + ': ' : ''}${xLabel} ${figure(p[0])}, ${yLabel} ${figure(p[1])}`);
+    if (s.bars) s.points.forEach(p => svg.append(el('rect', {x: x.at(p[0]), y: y.at(p[1]), width: Math.max(1, x.at(p[0] + width) - x.at(p[0]) - 1), height: Math.max(0, H - B - y.at(p[1])), fill: colour}, tip(p))));
+    else {
+      if (s.line !== false) svg.append(el('path', {d: 'M' + s.points.map(p => x.at(p[0]) + ',' + y.at(p[1])).join('L'), fill: 'none', stroke: colour, 'stroke-width': 1.6, 'stroke-dasharray': s.dash = s.law ? '1 3' : ['', '6 3', '2 2', '8 2 2 2'][i % 4]}));
+      if (!s.law) s.points.forEach(p => svg.append(el('circle', {cx: x.at(p[0]), cy: y.at(p[1]), r: s.points.length > 60 ? 1.6 : 3, fill: colour}, tip(p))));
+    }
+  });
+  const key = s => el('span', {class: 'key'}, el('svg', {viewBox: '0 0 30 8', 'aria-hidden': 'true'}, el('line', {x1: 0, x2: 30, y1: 4, y2: 4, stroke: s.colour, 'stroke-width': 2, 'stroke-dasharray': s.dash}), ...(s.law ? [] : [el('circle', {cx: 15, cy: 4, r: 3, fill: s.colour})])), s.law ? 'the fitted law' : s.name);
+  return el('figure', {}, el('figcaption', {}, title), svg, el('div', {}, series.length > 1 ? series.filter((s, i) => !s.law || i === series.findIndex(t => t.law)).map(key) : []), el('details', {}, el('summary', {}, 'as a table'), table([...(series.length > 1 ? ['series'] : []), xLabel, yLabel], series.flatMap(s => s.points.map(p => [...(series.length > 1 ? [s.name] : []), ...p])), title)));
+}
+const zip = (a, b) => a.map((v, i) => [v, b[i] ?? NaN]);
+const histogram = (title, xLabel, h, yLabel = 'latents') => plot(title, xLabel, yLabel, [{bars: true, points: (() => { const used = h.counts.flatMap((c, i) => c ? [i] : []); return h.counts.map((c, i) => [h.edges[i], c]).slice(used[0], used[used.length - 1] + 1); })()}]);
+
+function overview() {
+  const c = D.curves, p = D.plots, plots = [
+    plot('Training: NMSE', 'tokens', 'NMSE', [{name: 'training batches', points: zip(c.tokens, c.nmse)}, {name: 'held-out', points: zip(c.tokens, c.val_nmse)}], {logY: true}),
+    plot('Training: dead latents', 'tokens', 'latents', [{points: zip(c.tokens, c.dead)}]), plot('Training: L0', 'tokens', 'latents a token', [{points: zip(c.tokens, c.l0)}]),
+    plot('Training: speed', 'tokens', 'tokens a second', [{points: zip(c.tokens, c.tokens_per_s)}]),
+    p.log10_density && histogram('How often latents fire', 'log10 of the share of tokens', p.log10_density), p.log10_mean_square && histogram('Mean square activation', 'log10 E[z²]', p.log10_mean_square),
+    histogram('Activations of all latents', 'activation', D.activations, 'tokens'),
+    p.positions && plot('NMSE by position', 'position in the context', 'NMSE', [{points: p.positions.nmse.map((v, i) => [i, v])}]), p.positions && plot('Norm of the input by position', 'position in the context', 'norm', [{points: p.positions.norm.map((v, i) => [i, v])}]),
+    p.test_time_k && plot('NMSE at other k', "k'", 'NMSE', [{points: zip(p.test_time_k.at, p.test_time_k.nmse)}], {logX: true, logY: true}), p.test_time_k && plot('ΔCE at other k', "k'", 'nats a token', [{points: zip(p.test_time_k.at, p.test_time_k.delta_ce)}], {logX: true, logY: true})];
+  const ks = [...new Set(D.runs.map(r => r.k))].sort((a, b) => a - b), ns = [...new Set(D.runs.map(r => r.n_latents))].sort((a, b) => a - b);
+  const line = (keys, name, of, x) => keys.map(key => ({name: `${name} = ${key}`, points: D.runs.filter(r => r[of] === key).sort((a, b) => a[x] - b[x]).map(r => [r[x], r.nmse])}));
+  const fitted = (keys, of, x, xs) => !D.law ? [] : keys.map(key => ({name: `law, ${of} = ${key}`, law: true, points: xs.map(v => { const n = of === 'n' ? key : v, k = of === 'n' ? v : key, l = D.law; return [v, Math.exp(l.alpha + l.beta_k * Math.log(k) + l.beta_n * Math.log(n) + l.gamma * Math.log(k) * Math.log(n)) + Math.exp(l.zeta + l.eta * Math.log(k))]; })}));
+  if (D.runs.length) plots.push(plot('All runs: NMSE against n', 'latents n', 'NMSE', [...line(ks, 'k', 'k', 'n_latents'), ...fitted(ks, 'k', 'n_latents', ns)], {logX: true, logY: true}), plot('All runs: NMSE against k', 'k', 'NMSE', [...line(ns, 'n', 'n_latents', 'k'), ...fitted(ns, 'n', 'k', ks)], {logX: true, logY: true}));
+  main.replaceChildren(el('h1', {}, 'Sparse autoencoder'), el('p', {}, D.about), el('p', {}, `${D.n_live.toLocaleString('en')} latents are shown, on ${part.tokens().length.toLocaleString('en')} tokens; `, el('a', {href: '#latents'}, 'the table of all of them'), '.'),
+    el('h2', {}, 'Plots'), el('div', {class: 'plots'}, plots), el('h2', {}, 'Metrics'), table(['metric', 'value', '± standard error', 'unit', 'sample'], D.metrics), ...(D.runs.length ? [el('h2', {}, 'Runs given together'), table(['run', 'n', 'k', 'tokens', 'NMSE'], D.runs.map(r => [r.path, r.n_latents, r.k, r.tokens, r.nmse]))] : []));
+}
+
+// The order of the table is the order in which the arrow keys step.
+const n2g = (r, j) => D.n2g[part.latents()[r]]?.[j] ?? NaN;
+const columns = {latent: r => part.latents()[r], ...Object.fromEntries(Object.keys(stat).map(n => [n, r => stat[n]()[r]])), 'N2G precision': r => n2g(r, 0), 'N2G recall': r => n2g(r, 1)};
+let sorted = {by: 'latent', up: true}, wanted = '', fewest = 0, rows = 100, order = [];
+function arrange() {
+  const value = columns[sorted.by], sign = sorted.up ? 1 : -1, q = wanted.toLowerCase();
+  order = Array.from({length: D.n_live}, (_, r) => r).filter(r => stat.density()[r] * part.tokens().length >= fewest && (!q || mainWords(r).some(t => t.includes(q))));
+  order.sort((a, b) => { const x = value(a), y = value(b); return Number.isNaN(x) - Number.isNaN(y) || sign * (x - y) || a - b; });
+}
+const mainWords = r => [0, 1, 2].filter(j => part['main share']()[5 * r + j]).map(j => D.vocabulary[part.main()[5 * r + j]].toLowerCase());
+function latents() {
+  arrange();
+  const head = Object.keys(columns).map(name => el('th', {class: 'number', 'aria-sort': sorted.by === name ? (sorted.up ? 'ascending' : 'descending') : 'none'}, el('button', {type: 'button', onclick: () => { sorted = {by: name, up: sorted.by === name ? !sorted.up : name === 'latent'}; latents(); main.querySelector(`[aria-sort$="ending"] button`).focus(); }}, name + (sorted.by === name ? (sorted.up ? ' ▲' : ' ▼') : ''))));
+  const row = r => el('tr', {}, el('td', {class: 'number'}, el('a', {href: '#latent/' + part.latents()[r]}, String(part.latents()[r]))), Object.entries(columns).slice(1).map(([, f]) => el('td', {class: 'number'}, figure(f(r)))), el('td', {}, mainTokens(r, 3)));
+  const body = el('tbody', {}, order.slice(0, rows).map(row));
+  const more = el('button', {type: 'button', onclick: () => { body.append(...order.slice(rows, rows += 500).map(row)); more.hidden = rows >= order.length; }}, 'More rows');
+  more.hidden = rows >= order.length;
+  const field = (label, type, value, set) => el('label', {}, label + ' ', el('input', {type, value, size: 10, onchange: e => { set(e.target.value); rows = 100; latents(); }}));
+  main.replaceChildren(el('h1', {}, 'Latents'), el('p', {class: 'columns'}, field('fires on', 'search', wanted, v => wanted = v), field('on at least this many tokens', 'number', fewest, v => fewest = +v), el('span', {id: 'count', role: 'status'}, `${order.length.toLocaleString('en')} of ${D.n_live.toLocaleString('en')}`)),
+    el('p', {class: 'faint'}, 'density: share of tokens it fires on; mean, skew, kurtosis, max: of its activations where it fires (inputs have norm 1); mean square: over all tokens.'),
+    el('div', {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'all latents'}, el('table', {}, el('thead', {}, el('tr', {}, head, el('th', {}, 'fires on'))), body)), el('p', {}, more));
+}
+const mainTokens = (r, many) => [0, 1, 2, 3, 4].slice(0, many).filter(j => part['main share']()[5 * r + j]).map(j => el('span', {}, word(part.main()[5 * r + j]), ` ${Math.round(part['main share']()[5 * r + j] / 2.55)} % `));
+
+function exampleOf(r, e) {  // -> {context, acts: Map(position -> activation), peak}
+  const acts = new Map(), max = stat.max()[r]; let peak = 0, best = -1;
+  for (let p = firstPair()[e]; p < firstPair()[e + 1]; p++) { const a = shown.value()[p] / 255 * max; acts.set(shown.position()[p], a); if (a > best) [best, peak] = [a, shown.position()[p]]; }
+  return {context: shown.context()[e], acts, peak};
+}
+const tokenAt = (context, t) => D.vocabulary[part.tokens()[context * D.T + t]];
+function contextView(r, e) {
+  const {context, acts, peak} = exampleOf(r, e), max = stat.max()[r];
+  const tokens = Array.from({length: D.T}, (_, t) => { const a = acts.get(t) || 0, s = a / max; return el('span', {class: 'token' + (t === peak ? ' peak' : ''), title: `${visible(tokenAt(context, t))}  ${figure(a)}`, style: a ? `background: rgba(var(--mark), ${.12 + .6 * s}); border-bottom-width: ${1 + 3 * s}px` : null}, visible(tokenAt(context, t))); });
+  return el('div', {}, el('div', {class: 'context'}, tokens), el('details', {}, el('summary', {}, `peak ${figure(acts.get(peak))}, ${Math.round(100 * acts.get(peak) / max)} % of its maximum; values`), table(['position', 'token', 'activation'], [...acts].map(([t, a]) => [t, visible(tokenAt(context, t)), a]))));
+}
+function effects(r, name, unit, scale) {
+  const tokens = number[name]?.(), values = number[name + ' value']?.(), k = D.top;
+  if (!tokens) return [el('p', {class: 'faint'}, 'not defined at this site')];
+  const list = (from, sign) => table(['token', unit], Array.from({length: k}, (_, j) => [word(tokens[2 * k * r + from + j]), values[2 * k * r + from + j] * scale]), sign);
+  return [el('div', {class: 'columns'}, el('div', {}, 'raises', list(0, 'raises')), el('div', {}, 'lowers', list(k, 'lowers')))];
+}
+function latent(id) {
+  const r = rankOf(id);
+  if (r < 0) return main.replaceChildren(el('h1', {}, 'Latent ' + id), el('p', {}, 'It does not fire on this text, or is not part of this report.'));
+  if (!order.includes(r)) { wanted = ''; fewest = 0; arrange(); }
+  const from = firstExample()[r], to = firstExample()[r + 1], top = Math.min(to - from, D.examples), near = number.near(), cosine = number['near cosine']();
+  const examples = (a, b) => Array.from({length: b - a}, (_, i) => contextView(r, a + i)), loss = number['effect size']().slice(2 * r, 2 * r + 2);
+  const bins = Array.from(part.histogram().slice(D.bins * r, D.bins * (r + 1))).map((c, i) => [i / D.bins * stat.max()[r], c]), patterns = D.patterns[id];
+  main.replaceChildren(el('h1', {}, 'Latent ' + id), el('p', {}, el('button', {type: 'button', id: 'previous', onclick: () => stepBy(-1)}, '← previous'), ' ', el('button', {type: 'button', id: 'next', onclick: () => stepBy(1)}, 'next →'), el('span', {class: 'faint'}, ` ${order.indexOf(r) + 1} of ${order.length}, in the order of the table`)),
+    el('p', {}, 'Fires on ', mainTokens(r, 5), el('span', {class: 'faint'}, '(share of its activation)')), table(Object.keys(columns).slice(1), [Object.values(columns).slice(1).map(f => f(r))], 'statistics'),
+    el('h2', {}, 'Highest contexts'), ...examples(from, from + top), ...(to - from > top ? [el('h2', {}, 'Contexts from the highest to the lowest'), ...examples(from + top, to)] : []),
+    ...(patterns ? [el('h2', {}, 'N2G patterns'), el('p', {class: 'faint'}, '^ start of the context, * any token; the activation predicted'), el('ul', {}, patterns.map(t => el('li', {}, t)))] : []),
+    el('div', {class: 'columns'}, el('section', {}, el('h2', {}, 'Next tokens: direct effect'), el('p', {class: 'faint'}, 'decoder row through the final norm and the unembedding, relative to the largest'), effects(r, 'direct', 'relative', 1 / 127)),
+      el('section', {}, el('h2', {}, 'Next tokens: measured effect'), el('p', {class: 'faint'}, `at its highest activation; without it the loss changes by ${figure(loss[0])} and KL is ${figure(loss[1])} nats`), effects(r, 'effect', 'nats', 1)),
+      el('section', {}, plot('Activations where it fires', 'activation', 'tokens', [{bars: true, points: bins}]), el('h2', {}, 'Nearest decoder rows'), table(['latent', 'cosine', 'fires on'], Array.from({length: D.near}, (_, j) => near[D.near * r + j]).flatMap((o, j) => o === r ? [] : [[link(o), cosine[D.near * r + j] / 127, el('span', {}, mainTokens(o, 2))]])))));
+}
+const ranks = once(() => new Map(Array.from(part.latents(), (id, r) => [id, r])));
+const rankOf = id => ranks().get(+id) ?? -1;
+function stepBy(by) {
+  const at = order.indexOf(rankOf(location.hash.split('/')[1]));
+  if (order.length) location.hash = 'latent/' + part.latents()[order[(at + by + order.length) % order.length]];
+}
+
+function search(query) {
+  const q = query.trim().toLowerCase(), score = D.vocabulary.map(t => { const w = t.trim().toLowerCase(); return !q || !w ? 0 : w === q || t === query ? 4 : w.includes(q) ? 1 : 0; }), found = [];
+  for (let r = 0; r < D.n_live && q; r++) {
+    let best = 0;
+    for (let j = 0; j < 5; j++) best = Math.max(best, score[part.main()[5 * r + j]] * part['main share']()[5 * r + j] / 255);
+    const {context, peak} = exampleOf(r, firstExample()[r]); let near = '';
+    for (let t = Math.max(0, peak - 3); t <= peak; t++) near += tokenAt(context, t);
+    if (near.toLowerCase().includes(q)) best += .3;
+    best *= 1 - Math.exp(-stat.density()[r] * part.tokens().length / 10);  // what fires once proves little
+    if (best) found.push([best, r]);
+  }
+  found.sort((a, b) => b[0] - a[0] || a[1] - b[1]);
+  main.replaceChildren(el('h1', {}, `Latents for “${query}”`), el('p', {role: 'status'}, found.length ? `${found.length.toLocaleString('en')} found${found.length > 100 ? '; the first 100' : ''}` : 'none found'),
+    table(['latent', 'density', 'max', 'fires on'], found.slice(0, 100).map(([, r]) => [link(r), stat.density()[r], stat.max()[r], el('span', {}, mainTokens(r, 4))])));
+}
+
+function route() {
+  const [page, ...rest] = decodeURIComponent(location.hash.slice(1)).split('/');
+  document.title = page === 'latent' ? `Latent ${rest[0]}` : 'Sparse autoencoder';
+  ({latents, latent: () => latent(rest[0]), search: () => search(rest.join('/'))}[page] || overview)();
+  document.querySelectorAll('nav a').forEach(a => a.hash === '#' + (page || 'overview') ? a.setAttribute('aria-current', 'page') : a.removeAttribute('aria-current'));
+  scrollTo(0, 0);
+}
+const random = () => location.hash = 'latent/' + part.latents()[Math.floor(Math.random() * D.n_live)];
+document.getElementById('random').addEventListener('click', random);
+document.getElementById('search').addEventListener('submit', e => { e.preventDefault(); location.hash = 'search/' + encodeURIComponent(document.getElementById('query').value); });
+addEventListener('keydown', e => {
+  if (e.target.matches('input, select') || e.ctrlKey || e.metaKey || e.altKey) return;
+  if (e.key === '/') { e.preventDefault(); document.getElementById('query').focus(); }
+  else if (e.key === 'r') random();
+  else if (location.hash.startsWith('#latent/') && ['ArrowLeft', 'ArrowRight'].includes(e.key)) { e.preventDefault(); stepBy(e.key === 'ArrowLeft' ? -1 : 1); }
+});
+addEventListener('hashchange', route);
+arrange();
+route();
+"""
 
 if __name__ == "__main__":
     harvest.run_main(main)

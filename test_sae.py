@@ -7,13 +7,16 @@ Oracles: plain autograd in float64 for gradients, torch.topk for selection, loop
 here for OpenAI's conversion, planted truths for metrics. Nothing is downloaded; every file goes into a temporary directory.
 """
 
+import base64
 import dataclasses
 import gzip
+import html
 import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -2027,6 +2030,167 @@ def test_help_teaches(script, capsys):
 def test_importing_runs_nothing():
     r = subprocess.run([sys.executable, "-c", "import sae, harvest, evals"], cwd=HERE, capture_output=True, text=True)
     assert (r.returncode, r.stdout, r.stderr) == (0, "", "")
+
+
+# ---------------------------------------------------------------------------------- the report
+
+
+NASTY = [b"</script>", b"<img src=x onerror=alert(1)>", b"\xed\xa0\x80", b"\xff\xfe", "\u202e\u2028".encode(), b"&amp;<b>", b"\\u003c", b"*/ --> ]]>"]
+
+
+def page_of(path):
+    """The data of a report, its arrays unpacked."""
+    text = path.read_text(encoding="utf-8")
+    block = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
+
+    def unpack(v):
+        if isinstance(v, dict) and set(v) == {"type", "data"}:
+            return np.frombuffer(base64.b64decode(v["data"]), dtype="<" + v["type"])
+        return {k: unpack(x) for k, x in v.items()} if isinstance(v, dict) else v
+
+    return unpack(json.loads(block))
+
+
+@pytest.fixture(scope="module")
+def planted_page(tmp_path_factory):
+    """Latent 7 fires on token 256 alone, whose text is </script>; latent 9 never fires; the others do as they like."""
+    import tiktoken
+
+    encoding = tiktoken.Encoding("nasty", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)} | {t: 256 + i for i, t in enumerate(NASTY)}, special_tokens={harvest.EOT: 264})
+    torch.manual_seed(0)
+    model = harvest.GPT2(harvest.GPT2Config(n_vocab=265, n_ctx=16, d_model=16, n_layer=2, n_head=2)).eval()
+    tokens = torch.randint(0, 265, (40, 16), generator=gen(1))
+    m = make_sae(16, 32, 4, dtype=torch.float32)
+    with torch.no_grad():
+        m.b_enc[9] = -100
+        model.wte.weight.normal_(), model.wte.weight[256].mul_(0).add_(40 * m.W_dec[7] - 40 * m.W_dec[7].mean())
+        x = model.acts(tokens, 1, "resid_post_mlp")
+        m.W_enc[7] = F.normalize(m.W_dec[7], dim=0)
+        u = S.normalize(x.flatten(0, 1))[0]
+        z = (u - m.b_pre) @ m.W_enc[7]
+        here = tokens.flatten() == 256
+        assert z[here].min() > z[~here].max()
+        m.b_enc[7] = -(z[here].min() + z[~here].max()) / 2
+        m.W_enc[7] *= 50
+        m.b_enc[7] *= 50
+    page = evals.report(m, model, encoding, tokens, x, 1, "resid_post_mlp")
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    extra = {"about": "<b>about</b>", "metrics": [["NMSE", 0.5, None, "", "1 token"]], "plots": {}, "curves": {n: [] for n in ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")}}
+    evals.write_report(path, page | extra | {"runs": [], "law": None, "n2g": {"7": [1.0, 0.5]}, "patterns": {"7": ['"</script>"  (1.000)']}})
+    return m, model, tokens, x, path
+
+
+def test_a_latent_planted_on_one_token_shows_exactly_that(planted_page):
+    m, _, tokens, _, path = planted_page
+    page = page_of(path)
+    r = page["latents"].tolist().index(7)
+    assert 9 not in page["latents"]
+    assert page["vocabulary"][page["main"].reshape(-1, 5)[r, 0]] == "</script>" and page["main share"].reshape(-1, 5)[r].tolist() == [255, 0, 0, 0, 0]
+    assert page["stats"]["density"][r] == pytest.approx((tokens == 256).float().mean().item())
+    examples, shown = np.repeat(np.arange(page["n_live"]), page["shown"]["per latent"]), page["shown"]
+    which = np.repeat(np.arange(len(shown["pairs"])), shown["pairs"])
+    mine = examples[which] == r
+    assert mine.any() and (tokens[shown["context"][which[mine]].astype(int), shown["position"][mine].astype(int)] == 256).all()
+
+
+def test_every_number_of_the_report(planted_page):
+    m, model, tokens, x, path = planted_page
+    page, z = page_of(path), torch.zeros(640, 32)
+    with torch.no_grad():
+        values, indices = m.encode(S.normalize(x.flatten(0, 1))[0])
+        z.scatter_(1, indices, values)
+    shown, starts = page["shown"], np.cumsum([0, *page["shown"]["pairs"]])
+    first = np.cumsum([0, *page["shown"]["per latent"]])
+    for r, i in enumerate(page["latents"].tolist()):
+        a = z[:, i][z[:, i] > 0].double().numpy()
+        s = {name: page["stats"][name][r] for name in page["stats"]}
+        assert s["density"] == pytest.approx(len(a) / 640) and s["mean"] == pytest.approx(a.mean()) and s["max"] == pytest.approx(a.max())
+        assert s["mean square"] == pytest.approx((z[:, i].double() ** 2).mean().item(), rel=1e-5)
+        c = a - a.mean()
+        if len(a) > 2:
+            assert s["kurtosis"] == pytest.approx((c**4).mean() / (c**2).mean() ** 2, rel=1e-4) and s["skew"] == pytest.approx((c**3).mean() / (c**2).mean() ** 1.5, rel=1e-3, abs=1e-4)
+        assert page["histogram"].reshape(-1, page["bins"])[r].sum() == len(a)
+        peaks = []
+        for e in range(first[r], first[r + 1]):
+            row = z.view(40, 16, 32)[shown["context"][e], :, i]
+            got = np.zeros(16)
+            got[shown["position"][starts[e] : starts[e + 1]]] = shown["value"][starts[e] : starts[e + 1]] / 255 * s["max"]
+            assert np.allclose(got, row, atol=s["max"] / 254)
+            peaks.append(row.max().item())
+        every = z.view(40, 16, 32)[:, :, i].amax(1)
+        assert peaks == sorted(peaks, reverse=True) and len(peaks) == min(12, (every > 0).sum()) and len(set(shown["context"][first[r] : first[r + 1]])) == len(peaks)
+        assert peaks[:6] == every.sort(descending=True).values[: min(6, len(peaks))].tolist()
+        near = page["numbers"]["near"].reshape(-1, page["near"])[r]
+        assert near[0] == r and set(page["latents"][near[1:]]) == set(page["latents"][(-(m.W_dec[page["latents"].tolist()] @ m.W_dec[i])).argsort()[1 : page["near"]].numpy()])
+    # the measured effect of one latent by hand: at its highest activation, take its contribution away
+    r, i = 3, int(page["latents"][3])
+    at = int(z[:, i].argmax())
+    context, position = divmod(at, 16)
+    _, _, norm = S.normalize(x[context, position])
+
+    def edit(a):
+        a = a.clone()
+        a[0, position] -= z[at, i] * norm * m.W_dec[i]
+        return a
+
+    with torch.no_grad():
+        clean, without = (model(tokens[context][None], *args)[0, position].log_softmax(0) for args in ((), (1, "resid_post_mlp", edit)))
+    change = clean - without - (clean - without).mean()
+    assert page["numbers"]["effect value"].reshape(-1, 16)[r] == pytest.approx(np.r_[change.topk(8).values, change.topk(8, largest=False).values], abs=1e-4)
+    loss, kl = page["numbers"]["effect size"].reshape(-1, 2)[r]
+    assert kl == pytest.approx((clean.exp() * (clean - without)).sum().item(), abs=1e-5)
+    assert np.isnan(loss) if position == 15 else loss == pytest.approx((clean - without)[tokens[context, position + 1]].item(), abs=1e-4)
+    direct = model.wte.weight @ ((m.W_dec[i] - m.W_dec[i].mean()) * model.ln_f.weight)
+    assert page["numbers"]["direct"].reshape(-1, 16)[r][0] == direct.argmax()
+
+
+def test_nasty_tokens_are_text_in_the_report(planted_page):
+    text = planted_page[-1].read_text(encoding="utf-8")
+    assert text.count("</script>") == 2 and "<img" not in text and "\u202e" not in text and "<b>" not in text
+    assert {"</script>", "<img src=x onerror=alert(1)>", "\\xed\\xa0\\x80", "\\xff\\xfe"} <= set(page_of(planted_page[-1])["vocabulary"])
+
+
+DRIVER = """<script>
+const log = [], errors = [], wait = () => new Promise(done => setTimeout(done, 60));
+addEventListener('error', e => errors.push(String(e.message))); addEventListener('securitypolicyviolation', e => errors.push(e.blockedURI));
+const title = () => document.querySelector('h1').textContent, press = key => document.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));
+(async () => {
+  document.body.addEventListener('keydown', () => 0); document.matches = () => false;
+  log.push(title()); location.hash = 'latent/7'; await wait(); log.push(title(), document.querySelector('.token.peak').textContent, document.querySelectorAll('.context').length > 0);
+  press('ArrowRight'); await wait(); log.push(title()); press('ArrowLeft'); await wait(); log.push(title());
+  document.getElementById('query').value = '</scr'; document.getElementById('search').requestSubmit(); await wait(); log.push(document.querySelector('td a').textContent);
+  location.hash = 'latents'; await wait(); [...document.querySelectorAll('th button')].find(b => b.textContent === 'max').click();
+  log.push(document.querySelector('td a').textContent, document.querySelectorAll('img, b').length); location.hash = ''; await wait(); log.push(document.querySelector('main p').textContent);
+  document.documentElement.dataset.log = JSON.stringify([log, errors]);
+})();
+</script></body>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no Chromium here")
+def test_the_report_in_a_browser(planted_page, tmp_path):
+    m, path = planted_page[0], tmp_path / "driven.html"
+    path.write_text(planted_page[-1].read_text(encoding="utf-8").replace("</body>", DRIVER), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    command = ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000", "--enable-logging=stderr", "--dump-dom", path.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    log, errors = json.loads(html.unescape(re.search('data-log="(.*?)"', result.stdout).group(1)))
+    assert not errors and "CONSOLE" not in result.stderr
+    page = page_of(planted_page[-1])
+    live, highest = page["latents"].tolist(), page["latents"][page["stats"]["max"].argmax()]
+    following = live[live.index(7) + 1]
+    assert log == ["Sparse autoencoder", "Latent 7", "</script>", True, f"Latent {following}", "Latent 7", "latent 7", str(highest), 0, "<b>about</b>"]
+
+
+def test_the_report_on_the_command_line(run_dir, tmp_path, acts_dir):
+    shutil.copytree(run_dir, tmp_path / "a")
+    argv = [str(tmp_path / "a"), "--acts", str(acts_dir), "--device", "cpu", "--only", "reconstruction,density,positions", "--report"]
+    evals.main([*argv, "--latents", "5"])
+    page = page_of(tmp_path / "a/report.html")
+    assert page["n_live"] == 5 and {row[0] for row in page["metrics"]} >= {"NMSE, held-out", "L0"} and page["curves"]["nmse"] and not page["runs"]
+    shutil.copytree(run_dir, tmp_path / "b")
+    evals.main([str(tmp_path / "b"), *argv])
+    page = page_of(tmp_path / "b/report.html")
+    assert [r["n_latents"] for r in page["runs"]] == [page["runs"][0]["n_latents"]] * 2 and page["n_live"] > 5 and page["plots"]["positions"]["nmse"]
 
 
 # ---------------------------------------------------------------------------------- bad input: one line, status 2, nothing lost
