@@ -1127,7 +1127,7 @@ def report(sae, model, encoding, tokens, x, layer, site, most=0, examples=6, bin
             logits = (w - w.mean(1, keepdim=True)) * model.ln_f.weight.float() @ unembedding.T
             tokens_, values_ = top_two_ways(logits - logits.mean(1, keepdim=True), k)
             rows["direct"].append(tokens_), rows["direct value"].append(127 * values_ / values_.abs().amax(1, keepdim=True).clamp_min(1e-30))
-        cosine, at = (w @ W.T).topk(near, dim=1)
+        cosine, at = (F.normalize(w, dim=1) @ F.normalize(W, dim=1).T).topk(near, dim=1)
         rows["near"].append(at), rows["near cosine"].append(127 * cosine.clamp(-1, 1))
     at = np.zeros(len(live), int)  # the token of each latent's highest activation
     highest = np.lexsort((-value, rank))
@@ -1151,13 +1151,14 @@ def token_ids(encoding):
 
 
 @torch.no_grad()
-def measured_effects(sae, model, tokens, layer, site, latents, at, k, batch=256):
+def measured_effects(sae, model, tokens, layer, site, latents, at, k):
     """Take each latent's contribution away where it is highest: `at` (L), a place in the flattened tokens (C, T).
 
     -> tokens (L, 2 k) whose logits, against the mean over the vocabulary, it raises and lowers most; by how much, in nats; and (L, 2): what its
     absence adds to the loss of the next token (nan at the end of a context), and KL(with || without) there, in nats.
     """
     T, device, out = tokens.shape[1], model.device, []
+    batch = max(1, min(256, 2**28 // (model.config.n_vocab * T)))  # 1 GB of logits
     order = np.argsort(at % T, kind="stable")  # contexts are cut after the place, so equal lengths run together
     progress = Progress(len(order), "ablation", " latents")
     for start in range(0, len(order), batch):
@@ -1190,7 +1191,13 @@ def measured_effects(sae, model, tokens, layer, site, latents, at, k, batch=256)
 
 def write_report(path, page):
     """Write the page to `path`, its data as one JSON block in which no `<` is left to be taken for a tag."""
-    data = json.dumps(page, allow_nan=False).replace("<", "\\u003c")
+
+    def finite(v):
+        if isinstance(v, dict):
+            return {k: finite(x) for k, x in v.items()}
+        return [finite(x) for x in v] if isinstance(v, (list, tuple)) else None if isinstance(v, float) and not math.isfinite(v) else v
+
+    data = json.dumps(finite(page), allow_nan=False).replace("<", "\\u003c")
     part = Path(path).with_name(Path(path).name + ".part")
     part.write_text(PAGE.replace("/*STYLE*/", STYLE).replace("/*SCRIPT*/", SCRIPT).replace("/*DATA*/", data), encoding="utf-8")
     part.replace(path)
@@ -1204,13 +1211,13 @@ def make_report(path, results, page, run, runs):
     plots = {name: results[metric][name] for metric, name in (("density", "log10_density"), ("density", "log10_mean_square")) if metric in results}
     plots |= {"positions": {key: results["positions"][key] for key in ("nmse", "norm")}} if "positions" in results else {}
     plots |= {"test_time_k": {key: results["test_time_k"][key] for key in ("at", "nmse", "delta_ce")}} if "test_time_k" in results else {}
-    overlay = [{key: r[key] for key in ("path", "n_latents", "k", "tokens", "nmse")} for r in read_runs(runs)] if len(runs) > 1 else []
-    law = None
-    if overlay:
+    overlay, law = [], None
+    if len(runs) > 1:
         try:
+            overlay = [{key: r[key] for key in ("path", "n_latents", "k", "tokens", "nmse")} for r in read_runs(runs)]
             law = {name: v for name, v in fit_scaling_law(overlay).items() if name in ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta", "r2")}
         except UserError as e:
-            print(f"  no law is fitted through these runs: {e}", file=sys.stderr)
+            print(f"  no law through these runs: {e}", file=sys.stderr)
     per = {i: [v["precision"], v["recall"]] for i, v in results.get("n2g", {}).get("per_latent", {}).items()}
     kept = path.with_name(path.name.replace("report.html", "n2g.json"))
     patterns = {i: e["readable"][:8] for i, e in json.loads(kept.read_text())["latents"].items()} if per and kept.exists() else {}
@@ -1593,9 +1600,10 @@ function overview() {
 const n2g = (r, j) => D.n2g[part.latents()[r]]?.[j] ?? NaN;
 const columns = {latent: r => part.latents()[r], ...Object.fromEntries(Object.keys(stat).map(n => [n, r => stat[n]()[r]])), 'N2G precision': r => n2g(r, 0), 'N2G recall': r => n2g(r, 1)};
 let sorted = {by: 'latent', up: true}, wanted = '', fewest = 0, rows = 100, order = [];
+const fires = r => Math.round(stat.density()[r] * part.tokens().length);
 function arrange() {
   const value = columns[sorted.by], sign = sorted.up ? 1 : -1, q = wanted.toLowerCase();
-  order = Array.from({length: D.n_live}, (_, r) => r).filter(r => stat.density()[r] * part.tokens().length >= fewest && (!q || mainWords(r).some(t => t.includes(q))));
+  order = Array.from({length: D.n_live}, (_, r) => r).filter(r => fires(r) >= fewest && (!q || mainWords(r).some(t => t.includes(q))));
   order.sort((a, b) => { const x = value(a), y = value(b); return Number.isNaN(x) - Number.isNaN(y) || sign * (x - y) || a - b; });
 }
 const mainWords = r => [0, 1, 2].filter(j => part['main share']()[5 * r + j]).map(j => D.vocabulary[part.main()[5 * r + j]].toLowerCase());
@@ -1660,7 +1668,7 @@ function search(query) {
     const {context, peak} = exampleOf(r, firstExample()[r]); let near = '';
     for (let t = Math.max(0, peak - 3); t <= peak; t++) near += tokenAt(context, t);
     if (near.toLowerCase().includes(q)) best += .3;
-    best *= 1 - Math.exp(-stat.density()[r] * part.tokens().length / 10);  // what fires once proves little
+    best *= 1 - Math.exp(-fires(r) / 10);  // what fires once proves little
     if (best) found.push([best, r]);
   }
   found.sort((a, b) => b[0] - a[0] || a[1] - b[1]);
@@ -1668,12 +1676,17 @@ function search(query) {
     table(['latent', 'density', 'max', 'fires on'], found.slice(0, 100).map(([, r]) => [link(r), stat.density()[r], stat.max()[r], el('span', {}, mainTokens(r, 4))])));
 }
 
+let started = false;
 function route() {
-  const [page, ...rest] = decodeURIComponent(location.hash.slice(1)).split('/');
+  let hash = location.hash.slice(1);
+  try { hash = decodeURIComponent(hash); } catch { /* a lone %: taken as it is */ }
+  const [page, ...rest] = hash.split('/'), focused = document.activeElement?.id;
   document.title = page === 'latent' ? `Latent ${rest[0]}` : 'Sparse autoencoder';
   ({latents, latent: () => latent(rest[0]), search: () => search(rest.join('/'))}[page] || overview)();
   document.querySelectorAll('nav a').forEach(a => a.hash === '#' + (page || 'overview') ? a.setAttribute('aria-current', 'page') : a.removeAttribute('aria-current'));
   scrollTo(0, 0);
+  if (started) (document.getElementById(focused) || main).focus({preventScroll: true});  // keyboards go on where they were
+  started = true;
 }
 const random = () => location.hash = 'latent/' + part.latents()[Math.floor(Math.random() * D.n_live)];
 document.getElementById('random').addEventListener('click', random);
@@ -1682,7 +1695,7 @@ addEventListener('keydown', e => {
   if (e.target.matches('input, select') || e.ctrlKey || e.metaKey || e.altKey) return;
   if (e.key === '/') { e.preventDefault(); document.getElementById('query').focus(); }
   else if (e.key === 'r') random();
-  else if (location.hash.startsWith('#latent/') && ['ArrowLeft', 'ArrowRight'].includes(e.key)) { e.preventDefault(); stepBy(e.key === 'ArrowLeft' ? -1 : 1); }
+  else if (location.hash.startsWith('#latent/') && ['ArrowLeft', 'ArrowRight'].includes(e.key) && !e.target.closest?.('.scroll')) { e.preventDefault(); stepBy(e.key === 'ArrowLeft' ? -1 : 1); }
 });
 addEventListener('hashchange', route);
 arrange();

@@ -396,7 +396,7 @@ def select(u, W_enc, b_enc, b_pre, k, dtype=None, mesh=None, dead=None, k_aux=0)
     codes, dead_codes = [], []
     for v in (u - b_pre).to(dtype).split(max(1, DENSE[u.device.type] // n)):
         pre_acts = F.linear(v, W, b)  # (chunk, d) @ (d, n) -> (chunk, n)
-        active = min(k, n) if k < n * mesh.shards else max(1, int((pre_acts > 0).sum(1).max()))  # k = n: ReLU, as wide as it needs to be
+        active = min(k, n) if k < n or mesh.shards > 1 else max(1, int((pre_acts > 0).sum(1).max()))  # k = n: ReLU, as wide as it needs to be
         codes.append(topk(pre_acts, active))
         if 8 * n_dead > n:
             values, j = topk(pre_acts.add_(only_dead), min(k_aux, n_dead))
@@ -696,6 +696,11 @@ class Mesh:
         for x in stream or itertools.repeat(None):
             yield self.share(x, "shard", shape, device)
 
+    def wait(self):
+        """Until all are here."""
+        if self.groups:
+            self.sum(torch.zeros((), device="cuda" if dist.get_backend() == "nccl" else "cpu"), "world").item()
+
     def leave(self):
         if self.groups:
             dist.destroy_process_group()
@@ -784,6 +789,8 @@ def resolve(cfg, d_model, tokens):
         raise ValueError(f"--l1 {c.l1:g} must be positive, and goes without --multi_topk")
     if c.l1:
         c.k, c.aux_coef = c.n_latents, 0.0
+    if c.accumulate < 1:
+        raise ValueError(f"--accumulate {c.accumulate} must be at least 1")
     if c.shards < 1 or c.shards > 1 and c.k == c.n_latents:
         raise ValueError(f"--shards {c.shards} must be positive, and goes with TopK only (k < n_latents, no --l1)")
     if not 1 <= c.k <= c.n_latents:
@@ -947,8 +954,9 @@ def rows_of(saved, name, own):
 
 
 def checkpoints(out):
-    """The checkpoints in a run directory that are whole, newest first, each a list with a file a shard. Says which files are damaged."""
-    found, damaged = {}, []
+    """The checkpoints in a run directory: those that are whole, newest first, each a list with a file a shard; what is wrong with damaged
+    files; and the files that a crash tore or left without their fellows since the newest whole one."""
+    found, damaged, torn = {}, [], []
     for file in sorted(Path(out).glob("checkpoint*.pt")):
         try:
             head = load_file(file, mmap=True)
@@ -957,8 +965,14 @@ def checkpoints(out):
             damaged.append(f"{file} was written by another version of sae.py")
         except ValueError as e:
             damaged.append(str(e))
-    whole = [[files[s] for s in sorted(files)] for (_, shards), files in sorted(found.items(), reverse=True) if len(files) == shards]
-    return whole, damaged
+            torn.append(file)
+    whole = []
+    for (_, shards), files in sorted(found.items(), reverse=True):
+        if len(files) == shards:
+            whole.append([files[s] for s in sorted(files)])
+        elif not whole:
+            torn += files.values()
+    return whole, damaged, torn
 
 
 def peek(x):
@@ -997,16 +1011,22 @@ def train(cfg, batches, val=None, meta=None, mesh=None):
         raise ValueError(f"a batch of {cfg.batch} cannot be cut into {mesh.replicas} replicas times {cfg.accumulate} parts; choose another --batch")
     start = batches if callable(batches) else lambda step: itertools.islice(batches, step, None)
     log_file = out / "log.jsonl"
-    restarted = mesh.sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=cfg.device), "world") > 0  # by torchrun
-    files, damaged = mesh.agree(checkpoints(out))
-    if cfg.resume and not files and not mesh.groups:  # under torchrun, --resume may be there from the first start
+    files, damaged, torn = mesh.agree(checkpoints(out))
+    settings, launch = out / "config.json", os.getppid() if mesh.groups else 0  # torchrun, which stays the same when it restarts its processes
+    restarted = mesh.agree(launch and settings.exists() and json.loads(settings.read_text()).get("launch") == launch)
+    if cfg.resume and not files and (damaged or (out / "sae.pt").exists() or not mesh.groups):  # under torchrun, --resume may be there from the start
         raise ValueError(f"nothing to resume: {damaged[0] if damaged else f'there is no checkpoint in {out}'}; drop --resume or choose another --out")
     if not (cfg.resume or restarted) and (files or damaged or (out / "sae.pt").exists()):
         raise ValueError(f"{out} already holds a run; continue it with --resume or choose another --out")
     meta, leads = mesh.agree(meta), mesh.shard == 0
+    mesh.wait()  # all have seen what there is
     if files:
-        for message in damaged * mesh.first:
-            print(f"{message}; using the checkpoint before it", file=sys.stderr)
+        if mesh.first:
+            for message in damaged:
+                print(f"{message}; using the checkpoint before it", file=sys.stderr)
+            for file in torn:  # or the next save would push the whole one out
+                file.unlink()
+            settings.write_text(json.dumps(json.loads(settings.read_text()) | {"launch": launch}, indent=1))
         trainer = Trainer.load(files[0], cfg, mesh)
         if differs := [f"{k} {trainer.sae.meta.get(k)}, not {v}" for k, v in (meta or {}).items() if trainer.sae.meta.get(k) != v]:
             raise ValueError(f"{files[0][0]} was trained on {'; '.join(differs)}; give the activations that it was trained on")
@@ -1016,7 +1036,7 @@ def train(cfg, batches, val=None, meta=None, mesh=None):
     else:
         stream, sample = start(0) if leads else None, torch.empty(0)
         if leads:
-            first = list(itertools.islice(stream, math.ceil(32768 / cfg.batch)))
+            first = list(itertools.islice(stream, math.ceil(32768 * mesh.replicas / cfg.batch)))
             sample = normalize(torch.cat(first)[:32768].to(cfg.device, torch.float32))[0]
             stream = itertools.chain((first.pop(0) for _ in range(len(first))), stream)  # none is kept longer than it is needed
         sample = mesh.share(sample, "world", mesh.agree(sample.shape), cfg.device)
@@ -1028,7 +1048,7 @@ def train(cfg, batches, val=None, meta=None, mesh=None):
         del sample
         out.mkdir(parents=True, exist_ok=True)
         if mesh.first:
-            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+            settings.write_text(json.dumps(dataclasses.asdict(cfg) | {"launch": launch}, indent=1))
             log_file.write_text("")
     stream = mesh.follow(stream, (cfg.batch // mesh.replicas, trainer.sae.d_model), cfg.device)
     if shape := mesh.agree(val is not None and tuple(val.shape)):
@@ -1047,7 +1067,7 @@ def train(cfg, batches, val=None, meta=None, mesh=None):
             try:
                 x = next(stream)
             except (StopIteration, ValueError) as e:  # the data is at fault, not the training so far
-                if trainer.steps:
+                if trainer.steps and not mesh.groups:  # elsewhere the others know nothing of it
                     save_checkpoint(trainer)
                 raise e if isinstance(e, ValueError) else ValueError(f"the activations ended after step {trainer.steps} of {steps}; give more and --resume") from None
             info = trainer.step(x, bool(stop), mesh.first and time.time() - saved_at > 60 * cfg.minutes)
@@ -1078,7 +1098,7 @@ def train(cfg, batches, val=None, meta=None, mesh=None):
         sae = raw if kept == "raw" else average
         sae.meta |= {"weights": kept, "nmse": scores, "tokens": steps * cfg.batch, "config": dataclasses.asdict(cfg), "seconds": time.time() - begun, "dead": trainer.n_dead}
         save_checkpoint(trainer)
-        mesh.agree(None)  # wait for the others' files
+        mesh.wait()  # for the others' files
         if mesh.first:
             whole = sae
             if mesh.shards > 1:
@@ -1363,10 +1383,12 @@ def main(argv=None):
     acts, device, data, facts = Path(cfg.acts), cfg.device, None, None
     if cfg.stream or (device.startswith("cuda") and not harvest.is_harvested(acts)):
         cfg.acts = ""
-        if mesh.shard == 0:
-            model, encoding = harvest.load_model(cfg.model, device, needs_text=not cfg.text)
-            data = held_out = harvest.Stream(model, encoding, cfg.text or harvest.default_text(model))
-            facts = data.meta, 400_000_000
+        for turn in (mesh.first, mesh.shard == 0 and not mesh.first):  # the first downloads what all read
+            if turn:
+                model, encoding = harvest.load_model(cfg.model, device, needs_text=not cfg.text)
+                data = held_out = harvest.Stream(model, encoding, cfg.text or harvest.default_text(model))
+                facts = data.meta, 400_000_000
+            mesh.wait()
     else:
         if not harvest.is_harvested(acts):
             if mesh.groups:
@@ -1378,6 +1400,8 @@ def main(argv=None):
             raise ValueError(f"{acts} holds activations of {data.meta['model']} on {data.meta['text']}; name another --acts, or leave out --model and --text")
         facts = data.meta, data.n_tokens
     meta, available = mesh.agree(facts)
+    if facts not in (None, (meta, available)):
+        raise ValueError(f"this process has {facts[0]}, the first one {meta}; give all machines the same --model, --text and --acts")
     cfg = resolve(cfg, meta["d_model"], available)
     val = held_out.sample(65536 if device.startswith("cuda") else 8192)[1].flatten(0, 1) if mesh.first else None
     where = {name: meta[name] for name in ("model", "layer", "site", "context", "text")}

@@ -726,6 +726,7 @@ MESH_CASES = [
     (torch.float64, {}, False, 1e-9),
     (torch.float64, {"dead_tokens": 200, "k_aux": 4, "clip": 0.5}, True, 1e-9),  # the dead are all on the first shard, or on some
     (torch.float64, {"dead_tokens": 200, "k_aux": 32, "multi_topk": True, "accumulate": 2}, True, 1e-9),
+    (torch.float64, {"multi_topk": True, "k": 16}, False, 1e-9),  # 4 k = n
     (torch.float32, {"dead_tokens": 200, "k_aux": 4, "clip": 0.5}, True, 1e-5),
 ]
 
@@ -733,7 +734,7 @@ MESH_CASES = [
 def twenty_steps(mesh, dtype, options, silence):
     cfg = tiny_config(Path("nowhere"), shards=mesh.shards, **options)
     torch.manual_seed(0)
-    m, own = S.SAE(16, 64, 4, mesh).to(dtype), mesh.part(64)
+    m, own = S.SAE(16, 64, cfg.k, mesh).to(dtype), mesh.part(64)
     u = S.normalize(planted(512).to(dtype))[0]
     m.init_from_data(u)
     if silence:
@@ -830,6 +831,32 @@ def test_without_a_restart_a_killed_process_ends_the_run_with_a_message(tmp_path
     assert S.checkpoints(tmp_path / "run")[0][0][0].name == "checkpoint.0of2.pt"
 
 
+def test_torn_generations_never_push_out_the_last_whole_one(tmp_path):
+    """Shard 1 dies twice while shard 0 has already written: both times the same whole checkpoint is there to go on from."""
+    def write(shard, steps):
+        head = {"steps": steps, "shards": 2, "shard": shard, "tensors": {}}
+        S.save_atomic(tmp_path / f"checkpoint.{shard}of2.pt", head, tmp_path / f"checkpoint.{shard}of2.old.pt")
+
+    write(0, 10), write(1, 10)
+    for steps in (20, 21):
+        write(0, steps)
+        whole, damaged, torn = S.checkpoints(tmp_path)
+        assert [S.load_file(f)["steps"] for f in whole[0]] == [10, 10] and not damaged and [f.name for f in torn] == ["checkpoint.0of2.pt"]
+        torn[0].unlink()  # as train does
+
+
+def test_a_restart_by_torchrun_is_no_licence_to_overwrite(tmp_path):
+    """A launch that was refused is refused again when torchrun tries once more."""
+    S.train(tiny_config(tmp_path / "0"), planted_batches)
+    for file in (tmp_path / "0/run").glob("checkpoint*"):
+        file.unlink()
+    before = (tmp_path / "0/run/sae.pt").read_bytes()
+    code = f"mesh = S.Mesh.join(1)\nS.train(T.tiny_config(T.Path({str(tmp_path / '0')!r})), T.planted_batches, mesh=mesh)"
+    result = torchrun(tmp_path, 1, code, "--max-restarts", "1", "--monitor-interval", "0.1")
+    assert result.returncode != 0 and result.stderr.count("ValueError: " + str(tmp_path / "0/run") + " already holds a run") == 2
+    assert (tmp_path / "0/run/sae.pt").read_bytes() == before
+
+
 def test_the_checkpoint_before_a_torn_one_is_used(tmp_path, capsys):
     cfg = tiny_config(tmp_path, minutes=0.0)
     whole = S.train(cfg, planted_batches, planted(100))
@@ -923,6 +950,8 @@ def test_the_plan_on_the_command_line(capsys):
 def test_meshes_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="cannot be cut into 4 shards"):
         S.main([*map(str, TINY), "--shards", "4", "--out", str(tmp_path / "x")])
+    with pytest.raises(ValueError, match="at least 1"):
+        S.resolve(S.Config(accumulate=0), 16, 10**6)
     with pytest.raises(ValueError, match="TopK only"):
         S.resolve(S.Config(shards=2, l1=0.1), 16, 10**6)
     with pytest.raises(ValueError, match="cannot be cut into 1 replicas times 3 parts"):
@@ -2075,7 +2104,7 @@ def planted_page(tmp_path_factory):
         m.b_enc[7] *= 50
     page = evals.report(m, model, encoding, tokens, x, 1, "resid_post_mlp")
     path = tmp_path_factory.mktemp("report") / "report.html"
-    extra = {"about": "<b>about</b>", "metrics": [["NMSE", 0.5, None, "", "1 token"]], "plots": {}, "curves": {n: [] for n in ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")}}
+    extra = {"about": "<b>about</b>", "metrics": [["NMSE", 0.5, math.nan, "", "1 token"]], "plots": {}, "curves": {n: [] for n in ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")}}
     evals.write_report(path, page | extra | {"runs": [], "law": None, "n2g": {"7": [1.0, 0.5]}, "patterns": {"7": ['"</script>"  (1.000)']}})
     return m, model, tokens, x, path
 
@@ -2153,9 +2182,8 @@ def test_nasty_tokens_are_text_in_the_report(planted_page):
 DRIVER = """<script>
 const log = [], errors = [], wait = () => new Promise(done => setTimeout(done, 60));
 addEventListener('error', e => errors.push(String(e.message))); addEventListener('securitypolicyviolation', e => errors.push(e.blockedURI));
-const title = () => document.querySelector('h1').textContent, press = key => document.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));
+const title = () => document.querySelector('h1').textContent, press = key => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));
 (async () => {
-  document.body.addEventListener('keydown', () => 0); document.matches = () => false;
   log.push(title()); location.hash = 'latent/7'; await wait(); log.push(title(), document.querySelector('.token.peak').textContent, document.querySelectorAll('.context').length > 0);
   press('ArrowRight'); await wait(); log.push(title()); press('ArrowLeft'); await wait(); log.push(title());
   document.getElementById('query').value = '</scr'; document.getElementById('search').requestSubmit(); await wait(); log.push(document.querySelector('td a').textContent);
