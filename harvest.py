@@ -565,28 +565,31 @@ def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_hea
 
 
 class Progress:
-    """One line on stderr: what is done, of how much where that is known (else 0), rate, time left or taken.
+    """One line on stderr: what is done, of how much where that is known (else 0), rate of the last half minute, time left or taken.
 
     Rewritten twice a second on a terminal; elsewhere a line every 20 s. `finish()` ends it.
     """
 
     def __init__(self, total, label, unit=""):
-        self.total, self.label, self.unit, self.start, self.shown, self.done, self.note = total, label, unit, time.time(), time.time(), 0, ""
+        self.total, self.label, self.unit, self.start, self.done, self.note = total, label, unit, time.time(), 0, ""
+        self.shown = [(self.start, 0)]  # when, and what was done
 
     def __call__(self, done, note=""):
         self.done, self.note = done, note
-        if time.time() - self.shown > (0.5 if sys.stderr.isatty() else 20):
+        if time.time() - self.shown[-1][0] > (0.5 if sys.stderr.isatty() else 20):
             self._show("\r")
 
     def finish(self):
+        self.shown = [(self.start, 0)]  # in the end, the rate of the whole
         self._show("\n")
 
     def _show(self, end):
-        self.shown = time.time()
-        rate = self.done / max(self.shown - self.start, 1e-9)
-        left = f"{(self.total - self.done) / max(rate, 1e-9):5.0f} s left" if self.total and end == "\r" else f"{self.shown - self.start:5.0f} s"
+        now = time.time()
+        self.shown = [s for s, later in zip(self.shown, self.shown[1:]) if later[0] > now - 30] + [self.shown[-1], (now, self.done)]
+        rate = (self.done - self.shown[0][1]) / max(now - self.shown[0][0], 1e-9)
+        left = f"{(self.total - self.done) / max(rate, 1e-9):5.0f} s left" if self.total and end == "\r" else f"{now - self.start:5.0f} s"
         of = f"/{self.total:,}" if self.total else ""
-        line = f"  {self.label} {self.done:>9,}{of}{self.unit} | {rate:9,.0f}/s | {left} | {self.note}   "
+        line = f"  {self.label} {self.done:>9,}{of}{self.unit} | {rate:9,.{1 if rate < 100 else 0}f}/s | {left} | {self.note}   "
         print(line, end=end if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
 

@@ -391,7 +391,7 @@ def select(u, W_enc, b_enc, b_pre, k, dtype=None, mesh=None, dead=None, k_aux=0)
         W, b = F.pad(W, (0, 0, 0, -n % 64)), F.pad(b, (0, -n % 64), value=-math.inf)
     n_dead = len(dead) if k_aux else 0
     if 8 * n_dead > n:
-        only_dead = torch.full_like(b, -math.inf).index_fill_(0, dead, 0.0)
+        lowest, highest = torch.zeros_like(b), torch.zeros_like(b).index_fill_(0, dead, math.inf)
         place = torch.zeros(len(b), dtype=torch.long, device=u.device).index_copy_(0, dead, torch.arange(n_dead, device=u.device))
     codes, dead_codes = [], []
     for v in (u - b_pre).to(dtype).split(max(1, DENSE[u.device.type] // n)):
@@ -399,10 +399,10 @@ def select(u, W_enc, b_enc, b_pre, k, dtype=None, mesh=None, dead=None, k_aux=0)
         active = min(k, n) if k < n or mesh.shards > 1 else max(1, int((pre_acts > 0).sum(1).max()))  # k = n: ReLU, as wide as it needs to be
         codes.append(topk(pre_acts, active))
         if 8 * n_dead > n:
-            values, j = topk(pre_acts.add_(only_dead), min(k_aux, n_dead))
+            values, j = topk(pre_acts.clamp_(lowest, highest), min(k_aux, n_dead))  # ReLU first: most are negative, which topk likes less
             dead_codes.append((values, place[j]))
         elif n_dead:
-            dead_codes.append(topk(pre_acts.index_select(1, dead), min(k_aux, n_dead)))
+            dead_codes.append(topk(pre_acts.index_select(1, dead).relu_(), min(k_aux, n_dead)))
         del pre_acts  # before the next ones are made
     values, indices = _join(codes, n)
     code = keep_global(values, k, mesh).relu().to(u.dtype), indices
