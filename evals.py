@@ -1017,7 +1017,8 @@ def fit_main(paths):
         fit = out["L(n, k)"] = fit_scaling_law(runs)
         print("L(n, k) = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)")
         print("  " + ", ".join(f"{name} {pm(fit, name)}" for name in ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")))
-        print(f"  R² of ln L {fit['r2']:.5f}, rms error {fit['rmse']:.3%}; without the irreducible term {fit['r2_without']:.5f}, {fit['rmse_without']:.3%}; ΔAIC {fit['delta_aic']:.1f} in its favour; {fit['runs']} runs")
+        print(f"  R² of ln L {fit['r2']:.5f}, rms error {fit['rmse']:.3%}; without the irreducible term {fit['r2_without']:.5f}, {fit['rmse_without']:.3%}; "
+              f"ΔAIC {fit['delta_aic']:.1f} in its favour; {fit['runs']} runs")  # fmt: skip
     except UserError as e:
         print(f"L(n, k): {e}")
     k = max({r["k"] for r in runs}, key=lambda k: (len({r["n_latents"] for r in runs if r["k"] == k}), k), default=0)
@@ -1136,13 +1137,17 @@ def report(sae, model, encoding, tokens, x, layer, site, most=0, examples=6, bin
     rows["effect"], rows["effect value"], rows["effect size"] = ([v] for v in found)
     joined = {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items() if parts}
     kinds = {"effect value": np.float32, "effect size": np.float32, "direct value": np.int8, "near cosine": np.int8}
-    numbers = {name: np.round(a).astype(np.int8) if kinds.get(name) == np.int8 else a.astype(np.float32) if name in kinds else smallest(a) for name, a in joined.items()}
+    numbers = {name: smallest(a) if name not in kinds else np.round(a).astype(np.int8) if kinds[name] == np.int8 else a for name, a in joined.items()}
     known = token_ids(encoding)
     text = [encoding.decode_single_token_bytes(i).decode("utf-8", "backslashreplace") if i in known else "" for i in range(model.config.n_vocab)]
-    return {"T": T, "tokens": pack(smallest(ids)), "vocabulary": text, "latents": pack(live.astype(np.uint32)), "n_live": len(live), "bins": bins, "top": k, "near": near, "examples": examples,
-            "activations": {"edges": every[1].tolist(), "counts": every[0].tolist()}, "stats": {name: pack(v.astype(np.float32)) for name, v in stats.items()}, "histogram": pack(smallest(histogram)),
-            "main": pack(smallest(main)), "main share": pack(np.round(255 * main_share).astype(np.uint8)),
-            "shown": {name: pack(v) for name, v in shown.items()}, "numbers": {name: pack(v) for name, v in numbers.items()}}  # fmt: skip
+    return {
+        "T": T, "n_live": len(live), "bins": bins, "top": k, "near": near, "examples": examples,
+        "tokens": pack(smallest(ids)), "vocabulary": text, "latents": pack(live.astype(np.uint32)),
+        "activations": {"edges": every[1].tolist(), "counts": every[0].tolist()}, "histogram": pack(smallest(histogram)),
+        "stats": {name: pack(v.astype(np.float32)) for name, v in stats.items()},
+        "main": pack(smallest(main)), "main share": pack(np.round(255 * main_share).astype(np.uint8)),
+        "shown": {name: pack(v) for name, v in shown.items()}, "numbers": {name: pack(v) for name, v in numbers.items()},
+    }  # fmt: skip
 
 
 def token_ids(encoding):
@@ -1277,7 +1282,8 @@ ROWS = [  # metric, key, what the table says, unit, what the sample counts
     ("ablation_sparsity", "random", "the same, a random direction", "of V T", "samples"),
     ("ablation_sparsity", "latents_here", "at its own position alone, a latent", "of V", "samples"),
     ("ablation_sparsity", "channels_here", "the same, a channel", "of V", "samples"),
-    ("ablation_sparsity", "random_here", "the same, a random direction", "of V", "samples"),]
+    ("ablation_sparsity", "random_here", "the same, a random direction", "of V", "samples"),
+]
 
 
 def cells(metric, result):
@@ -1503,15 +1509,21 @@ nav a, nav button { margin-right: .8em; } a { color: var(--blue); }
 button, input, select { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--faint); border-radius: 4px; padding: .15em .5em; }
 :focus-visible { outline: 3px solid var(--blue); outline-offset: 1px; }
 h1 { font-size: 1.35em; margin: 1em 0 .3em; } h2 { font-size: 1.05em; margin: 1.6em 0 .3em; } p, ul { max-width: 60em; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .1em .7em .1em 0; text-align: left; border-bottom: 1px solid var(--line); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .1em .7em .1em 0; text-align: left; border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; } th button { border: 0; padding: 0; font-weight: 600; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21em), 1fr)); gap: 1em; } figure { margin: 0; } figcaption { font-weight: 600; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 11px; } .axis { stroke: var(--line); } details { color: var(--faint); font-size: .9em; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21em), 1fr)); gap: 1em; } figure { margin: 0; }
+figcaption { font-weight: 600; }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 11px; } .axis { stroke: var(--line); }
+details { color: var(--faint); font-size: .9em; }
 .context { font: 13px/1.9 ui-monospace, monospace; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding-left: .7em; margin: .4em 0; }
-.token { unicode-bidi: isolate; border-bottom: 0 solid rgb(var(--mark)); } .token.peak { font-weight: 700; text-decoration: underline dotted; text-underline-offset: 4px; }
-.word { font-family: ui-monospace, monospace; border: 1px solid var(--line); border-radius: 3px; padding: 0 .25em; unicode-bidi: isolate; white-space: pre; } .faint { color: var(--faint); }
+.token { unicode-bidi: isolate; border-bottom: 0 solid rgb(var(--mark)); }
+.token.peak { font-weight: 700; text-decoration: underline dotted; text-underline-offset: 4px; }
+.word { font-family: ui-monospace, monospace; border: 1px solid var(--line); border-radius: 3px; padding: 0 .25em; unicode-bidi: isolate; white-space: pre; }
+.faint { color: var(--faint); }
 .key { white-space: nowrap; margin-right: 1em; font-size: .85em; } .key svg { width: 30px; height: 8px; display: inline-block; margin-right: .4em; }
-.columns { display: flex; flex-wrap: wrap; gap: 0 2.5em; } section { flex: 1 1 19em; min-width: 0; } li { white-space: pre-wrap; font: 13px/1.6 ui-monospace, monospace; }
+.columns { display: flex; flex-wrap: wrap; gap: 0 2.5em; } section { flex: 1 1 19em; min-width: 0; }
+li { white-space: pre-wrap; font: 13px/1.6 ui-monospace, monospace; }
 """
 
 SCRIPT = r"""
@@ -1519,163 +1531,236 @@ SCRIPT = r"""
 const D = JSON.parse(document.getElementById('data').textContent), main = document.getElementById('main');
 const kinds = {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i1: Int8Array, f4: Float32Array};
 const unpack = p => p && new kinds[p.type](Uint8Array.from(atob(p.data), c => c.charCodeAt(0)).buffer);
-const once = make => { let made; return () => made ??= make(); };  // unpacked when first needed
-const part = Object.fromEntries(['tokens', 'latents', 'histogram', 'main', 'main share'].map(n => [n, once(() => unpack(D[n]))]));
-const stat = Object.fromEntries(Object.keys(D.stats).map(n => [n, once(() => unpack(D.stats[n]))]));
-const shown = Object.fromEntries(Object.keys(D.shown).map(n => [n, once(() => unpack(D.shown[n]))]));
-const number = Object.fromEntries(Object.keys(D.numbers).map(n => [n, once(() => unpack(D.numbers[n]))]));
+const once = make => { let made; return () => made ??= make(); };
+const lazily = (packed, names = Object.keys(packed)) => Object.fromEntries(names.map(n => [n, once(() => unpack(packed[n]))]));  // unpacked when first needed
+const part = lazily(D, ['tokens', 'latents', 'histogram', 'main', 'main share']), stat = lazily(D.stats), shown = lazily(D.shown), number = lazily(D.numbers);
 const sums = a => { const s = new Uint32Array(a.length + 1); a.forEach((v, i) => s[i + 1] = s[i] + v); return s; };
 const firstExample = once(() => sums(shown['per latent']())), firstPair = once(() => sums(shown.pairs()));
+const upTo = n => Array.from({length: n}, (_, i) => i), zip = (a, b) => a.map((v, i) => [v, b[i] ?? NaN]);
 
 // Small makers of elements; text only ever goes in as text.
 function el(tag, attributes = {}, ...children) {
   const svg = ['svg', 'g', 'line', 'rect', 'path', 'circle', 'text'].includes(tag) || attributes.svg;
   const e = svg ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag);
-  for (const [k, v] of Object.entries(attributes)) if (k.startsWith('on')) e.addEventListener(k.slice(2), v); else if (k !== 'svg' && v != null) e.setAttribute(k, v);
+  for (const [k, v] of Object.entries(attributes))
+    if (k.startsWith('on')) e.addEventListener(k.slice(2), v);
+    else if (k !== 'svg' && v != null) e.setAttribute(k, v);
   e.append(...children.flat().filter(c => c != null));
   return e;
 }
-const visible = t => t.replace(/ /g, '·').replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/\r/g, '␍').replace(/[\p{C}\u2028\u2029\ufffd]/gu, c => '\\u{' + c.codePointAt(0).toString(16) + '}') || '∅';
+const sign = {' ': '·', '\n': '↵', '\t': '⇥', '\r': '␍'};
+const visible = t => t.replace(/[ \p{C}\u2028\u2029\ufffd]/gu, c => sign[c] ?? '\\u{' + c.codePointAt(0).toString(16) + '}') || '∅';
+const figure = v => v == null || Number.isNaN(v) ? '–' : Number.isInteger(v) ? v.toLocaleString('en')
+  : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
 const word = id => el('span', {class: 'word'}, visible(D.vocabulary[id]));
-const figure = v => v == null || Number.isNaN(v) ? '–' : Number.isInteger(v) ? v.toLocaleString('en') : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
-const link = r => el('a', {href: '#latent/' + part.latents()[r]}, 'latent ' + part.latents()[r]);
-function table(head, rows, caption) {
-  const cell = (tag, v) => el(tag, typeof v === 'number' || v == null || tag === 'th' && typeof rows[0]?.[head.indexOf(v)] === 'number' ? {class: 'number'} : {}, typeof v === 'number' || v == null ? figure(v) : v);
-  return el('div', {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': caption || head.join(', ')}, el('table', {}, el('thead', {}, el('tr', {}, head.map(h => cell('th', h)))), el('tbody', {}, rows.map(r => el('tr', {}, r.map(v => cell('td', v)))))));
+const link = (r, text = 'latent ' + part.latents()[r]) => el('a', {href: '#latent/' + part.latents()[r]}, text);
+const faint = text => el('p', {class: 'faint'}, text);
+const scroll = (name, inside) => el('div', {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': name}, inside);
+function table(head, rows, caption = head.join(', ')) {
+  const th = (h, j) => el('th', typeof rows[0]?.[j] === 'number' ? {class: 'number'} : {}, h);
+  const td = v => v == null || typeof v === 'number' ? el('td', {class: 'number'}, figure(v)) : el('td', {}, v);
+  return scroll(caption, el('table', {}, el('thead', {}, el('tr', {}, head.map(th))), el('tbody', {}, rows.map(r => el('tr', {}, r.map(td))))));
 }
 
-// A plot: series of {name, points: [[x, y], ...], bars, line: false}, axes with units, a tooltip a point, and the same numbers as a table.
+// Plots. An axis is a function from values to places, and about five round values with theirs.
+function axis(values, log, from, to, zero) {
+  const f = log ? Math.log10 : v => v, short = v => Math.abs(v) < 1e4 ? figure(v) : v.toLocaleString('en', {notation: 'compact'});
+  let lo = Math.min(...values.map(f)), hi = Math.max(...values.map(f));
+  if (zero && !log) lo = Math.min(lo, 0);
+  if (hi - lo < 1e-9) { lo -= .5; hi += .5; }
+  const place = t => from + (t - lo) / (hi - lo) * (to - from), raw = (hi - lo) / 4, power = 10 ** Math.floor(Math.log10(raw));
+  const step = power * [1, 2, 5, 10].find(m => m * power >= raw), ticks = [];
+  if (log) for (let p = Math.floor(lo); p <= hi; p++) ticks.push(...(hi - lo < 1.5 ? [1, 2, 5] : [1]).map(m => Math.log10(m) + p));
+  else for (let t = Math.ceil(lo / step) * step; t <= hi + 1e-9 * step; t += step) ticks.push(t);
+  const inside = ticks.filter(t => t >= lo - 1e-9 && t <= hi + 1e-9);
+  return {at: v => place(f(v)), ticks: inside.map(t => [place(t), short(+(log ? 10 ** t : t).toPrecision(3))])};
+}
+// series: {name, points: [[x, y], ...], bars, law: dotted and without points}. Each point has a tooltip; below are the same numbers as a table.
 function plot(title, xLabel, yLabel, series, {logX, logY} = {}) {
-  series = series.map(s => ({...s, points: s.points.filter(p => p.every(Number.isFinite) && (!logX || p[0] > 0) && (!logY || p[1] > 0))})).filter(s => s.points.length);
+  const drawable = p => p.every(Number.isFinite) && (!logX || p[0] > 0) && (!logY || p[1] > 0);
+  series = series.map(s => ({...s, points: s.points.filter(drawable)})).filter(s => s.points.length);
   if (!series.length) return null;
-  const W = 380, H = 230, L = 56, R = 10, T = 8, B = 40, all = series.flatMap(s => s.points), bars = series.some(s => s.bars);
-  const axis = (values, log, from, to, zero) => {
-    const f = log ? Math.log10 : v => v; let lo = Math.min(...values.map(f)), hi = Math.max(...values.map(f));
-    if (zero && !log) lo = Math.min(lo, 0);
-    if (hi - lo < 1e-9) { lo -= .5; hi += .5; }
-    const raw = (hi - lo) / 4, power = 10 ** Math.floor(Math.log10(raw)), step = power * [1, 2, 5, 10].find(m => m * power >= raw), ticks = [];
-    if (log) for (let p = Math.floor(lo); p <= hi; p++) ticks.push(...(hi - lo < 1.5 ? [1, 2, 5] : [1]).map(m => Math.log10(m) + p));
-    else for (let t = Math.ceil(lo / step) * step; t <= hi + 1e-9 * step; t += step) ticks.push(t);
-    const place = t => from + (t - lo) / (hi - lo) * (to - from), short = v => Math.abs(v) < 1e4 ? figure(v) : v.toLocaleString('en', {notation: 'compact'});
-    return {at: v => place(f(v)), ticks: ticks.filter(t => t >= lo - 1e-9 && t <= hi + 1e-9).map(t => [place(t), short(+(log ? 10 ** t : t).toPrecision(3))])};
-  };
+  const W = 380, H = 230, L = 56, R = 10, T = 8, B = 40, all = series.flatMap(s => s.points), bars = series.some(s => s.bars), many = series.length > 1;
   const width = bars ? all[1]?.[0] - all[0]?.[0] || 1 : 0;
-  const x = axis([...all.map(p => p[0]), ...(bars ? [all[all.length - 1][0] + width] : [])], logX, L, W - R), y = axis(all.map(p => p[1]), logY, H - B, T, bars);
+  const x = axis([...all.map(p => p[0]), all[all.length - 1][0] + width], logX, L, W - R), y = axis(all.map(p => p[1]), logY, H - B, T, bars);
   const svg = el('svg', {viewBox: `0 0 ${W} ${H}`, role: 'img', 'aria-label': `${title}: ${yLabel} against ${xLabel}; the numbers are in the table below`});
-  for (const [p, t] of x.ticks) svg.append(el('line', {class: 'axis', x1: p, x2: p, y1: T, y2: H - B}), el('text', {x: p, y: H - B + 14, 'text-anchor': 'middle'}, t));
-  for (const [p, t] of y.ticks) svg.append(el('line', {class: 'axis', x1: L, x2: W - R, y1: p, y2: p}), el('text', {x: L - 4, y: p + 4, 'text-anchor': 'end'}, t));
-  svg.append(el('text', {x: (L + W) / 2, y: H - 8, 'text-anchor': 'middle'}, xLabel), el('text', {x: 12, y: (H - B) / 2, 'text-anchor': 'middle', transform: `rotate(-90 12 ${(H - B) / 2})`}, yLabel));
+  const write = (x, y, text, anchor = 'middle', more = {}) => svg.append(el('text', {x, y, 'text-anchor': anchor, ...more}, text));
+  for (const [p, t] of x.ticks) { svg.append(el('line', {class: 'axis', x1: p, x2: p, y1: T, y2: H - B})); write(p, H - B + 14, t); }
+  for (const [p, t] of y.ticks) { svg.append(el('line', {class: 'axis', x1: L, x2: W - R, y1: p, y2: p})); write(L - 4, p + 4, t, 'end'); }
+  write((L + W) / 2, H - 8, xLabel);
+  write(12, (H - B) / 2, yLabel, 'middle', {transform: `rotate(-90 12 ${(H - B) / 2})`});
   series.forEach((s, i) => {
-    const colour = s.colour = s.law ? 'var(--faint)' : ['var(--blue)', 'rgb(var(--mark))', 'var(--ink)'][i % 3], tip = p => el('title', {svg: 1}, `${s.name ? s.name + ': ' : ''}${xLabel} ${figure(p[0])}, ${yLabel} ${figure(p[1])}`);
-    if (s.bars) s.points.forEach(p => svg.append(el('rect', {x: x.at(p[0]), y: y.at(p[1]), width: Math.max(1, x.at(p[0] + width) - x.at(p[0]) - 1), height: Math.max(0, H - B - y.at(p[1])), fill: colour}, tip(p))));
-    else {
-      if (s.line !== false) svg.append(el('path', {d: 'M' + s.points.map(p => x.at(p[0]) + ',' + y.at(p[1])).join('L'), fill: 'none', stroke: colour, 'stroke-width': 1.6, 'stroke-dasharray': s.dash = s.law ? '1 3' : ['', '6 3', '2 2', '8 2 2 2'][i % 4]}));
-      if (!s.law) s.points.forEach(p => svg.append(el('circle', {cx: x.at(p[0]), cy: y.at(p[1]), r: s.points.length > 60 ? 1.6 : 3, fill: colour}, tip(p))));
+    s.colour = s.law ? 'var(--faint)' : ['var(--blue)', 'rgb(var(--mark))', 'var(--ink)'][i % 3];
+    s.dash = s.law ? '1 3' : ['', '6 3', '2 2', '8 2 2 2'][i % 4];
+    const tip = p => el('title', {svg: 1}, `${s.name ? s.name + ': ' : ''}${xLabel} ${figure(p[0])}, ${yLabel} ${figure(p[1])}`);
+    if (s.bars) for (const p of s.points) {
+      const size = {width: Math.max(1, x.at(p[0] + width) - x.at(p[0]) - 1), height: Math.max(0, H - B - y.at(p[1]))};
+      svg.append(el('rect', {x: x.at(p[0]), y: y.at(p[1]), ...size, fill: s.colour}, tip(p)));
+    } else {
+      const path = 'M' + s.points.map(p => x.at(p[0]) + ',' + y.at(p[1])).join('L');
+      svg.append(el('path', {d: path, fill: 'none', stroke: s.colour, 'stroke-width': 1.6, 'stroke-dasharray': s.dash}));
+      if (!s.law) svg.append(...s.points.map(p => el('circle', {cx: x.at(p[0]), cy: y.at(p[1]), r: s.points.length > 60 ? 1.6 : 3, fill: s.colour}, tip(p))));
     }
   });
-  const key = s => el('span', {class: 'key'}, el('svg', {viewBox: '0 0 30 8', 'aria-hidden': 'true'}, el('line', {x1: 0, x2: 30, y1: 4, y2: 4, stroke: s.colour, 'stroke-width': 2, 'stroke-dasharray': s.dash}), ...(s.law ? [] : [el('circle', {cx: 15, cy: 4, r: 3, fill: s.colour})])), s.law ? 'the fitted law' : s.name);
-  return el('figure', {}, el('figcaption', {}, title), svg, el('div', {}, series.length > 1 ? series.filter((s, i) => !s.law || i === series.findIndex(t => t.law)).map(key) : []), el('details', {}, el('summary', {}, 'as a table'), table([...(series.length > 1 ? ['series'] : []), xLabel, yLabel], series.flatMap(s => s.points.map(p => [...(series.length > 1 ? [s.name] : []), ...p])), title)));
+  const sample = s => el('svg', {viewBox: '0 0 30 8', 'aria-hidden': 'true'},
+    el('line', {x1: 0, x2: 30, y1: 4, y2: 4, stroke: s.colour, 'stroke-width': 2, 'stroke-dasharray': s.dash}),
+    s.law ? null : el('circle', {cx: 15, cy: 4, r: 3, fill: s.colour}));
+  const keys = series.filter((s, i) => many && (!s.law || i === series.findIndex(t => t.law)));
+  const rows = series.flatMap(s => s.points.map(p => [...(many ? [s.name] : []), ...p]));
+  return el('figure', {}, el('figcaption', {}, title), svg, el('div', {}, keys.map(s => el('span', {class: 'key'}, sample(s), s.law ? 'the fitted law' : s.name))),
+    el('details', {}, el('summary', {}, 'as a table'), table([...(many ? ['series'] : []), xLabel, yLabel], rows, title)));
 }
-const zip = (a, b) => a.map((v, i) => [v, b[i] ?? NaN]);
-const histogram = (title, xLabel, h, yLabel = 'latents') => plot(title, xLabel, yLabel, [{bars: true, points: (() => { const used = h.counts.flatMap((c, i) => c ? [i] : []); return h.counts.map((c, i) => [h.edges[i], c]).slice(used[0], used[used.length - 1] + 1); })()}]);
+function histogram(title, xLabel, {counts, edges}, yLabel = 'latents') {
+  const used = upTo(counts.length).filter(i => counts[i]), from = used[0], to = used[used.length - 1] + 1;
+  return plot(title, xLabel, yLabel, [{bars: true, points: zip(edges.slice(from, to), counts.slice(from, to))}]);
+}
 
 function overview() {
-  const c = D.curves, p = D.plots, plots = [
-    plot('Training: NMSE', 'tokens', 'NMSE', [{name: 'training batches', points: zip(c.tokens, c.nmse)}, {name: 'held-out', points: zip(c.tokens, c.val_nmse)}], {logY: true}),
-    plot('Training: dead latents', 'tokens', 'latents', [{points: zip(c.tokens, c.dead)}]), plot('Training: L0', 'tokens', 'latents a token', [{points: zip(c.tokens, c.l0)}]),
+  const c = D.curves, {log10_density, log10_mean_square, positions, test_time_k} = D.plots, logs = {logX: true, logY: true};
+  const plots = [
+    plot('Training: NMSE', 'tokens', 'NMSE',
+      [{name: 'training batches', points: zip(c.tokens, c.nmse)}, {name: 'held-out', points: zip(c.tokens, c.val_nmse)}], {logY: true}),
+    plot('Training: dead latents', 'tokens', 'latents', [{points: zip(c.tokens, c.dead)}]),
+    plot('Training: L0', 'tokens', 'latents a token', [{points: zip(c.tokens, c.l0)}]),
     plot('Training: speed', 'tokens', 'tokens a second', [{points: zip(c.tokens, c.tokens_per_s)}]),
-    p.log10_density && histogram('How often latents fire', 'log10 of the share of tokens', p.log10_density), p.log10_mean_square && histogram('Mean square activation', 'log10 E[z²]', p.log10_mean_square),
+    log10_density && histogram('How often latents fire', 'log10 of the share of tokens', log10_density),
+    log10_mean_square && histogram('Mean square activation', 'log10 E[z²]', log10_mean_square),
     histogram('Activations of all latents', 'activation', D.activations, 'tokens'),
-    p.positions && plot('NMSE by position', 'position in the context', 'NMSE', [{points: p.positions.nmse.map((v, i) => [i, v])}]), p.positions && plot('Norm of the input by position', 'position in the context', 'norm', [{points: p.positions.norm.map((v, i) => [i, v])}]),
-    p.test_time_k && plot('NMSE at other k', "k'", 'NMSE', [{points: zip(p.test_time_k.at, p.test_time_k.nmse)}], {logX: true, logY: true}), p.test_time_k && plot('ΔCE at other k', "k'", 'nats a token', [{points: zip(p.test_time_k.at, p.test_time_k.delta_ce)}], {logX: true, logY: true})];
-  const ks = [...new Set(D.runs.map(r => r.k))].sort((a, b) => a - b), ns = [...new Set(D.runs.map(r => r.n_latents))].sort((a, b) => a - b);
-  const line = (keys, name, of, x) => keys.map(key => ({name: `${name} = ${key}`, points: D.runs.filter(r => r[of] === key).sort((a, b) => a[x] - b[x]).map(r => [r[x], r.nmse])}));
-  const fitted = (keys, of, x, xs) => !D.law ? [] : keys.map(key => ({name: `law, ${of} = ${key}`, law: true, points: xs.map(v => { const n = of === 'n' ? key : v, k = of === 'n' ? v : key, l = D.law; return [v, Math.exp(l.alpha + l.beta_k * Math.log(k) + l.beta_n * Math.log(n) + l.gamma * Math.log(k) * Math.log(n)) + Math.exp(l.zeta + l.eta * Math.log(k))]; })}));
-  if (D.runs.length) plots.push(plot('All runs: NMSE against n', 'latents n', 'NMSE', [...line(ks, 'k', 'k', 'n_latents'), ...fitted(ks, 'k', 'n_latents', ns)], {logX: true, logY: true}), plot('All runs: NMSE against k', 'k', 'NMSE', [...line(ns, 'n', 'n_latents', 'k'), ...fitted(ns, 'n', 'k', ks)], {logX: true, logY: true}));
-  main.replaceChildren(el('h1', {}, 'Sparse autoencoder'), el('p', {}, D.about), el('p', {}, `${D.n_live.toLocaleString('en')} latents are shown, on ${part.tokens().length.toLocaleString('en')} tokens; `, el('a', {href: '#latents'}, 'the table of all of them'), '.'),
-    el('h2', {}, 'Plots'), el('div', {class: 'plots'}, plots), el('h2', {}, 'Metrics'), table(['metric', 'value', '± standard error', 'unit', 'sample'], D.metrics), ...(D.runs.length ? [el('h2', {}, 'Runs given together'), table(['run', 'n', 'k', 'tokens', 'NMSE'], D.runs.map(r => [r.path, r.n_latents, r.k, r.tokens, r.nmse]))] : []));
+    positions && plot('NMSE by position', 'position in the context', 'NMSE', [{points: positions.nmse.map((v, i) => [i, v])}]),
+    positions && plot('Norm of the input by position', 'position in the context', 'norm', [{points: positions.norm.map((v, i) => [i, v])}]),
+    test_time_k && plot('NMSE at other k', "k'", 'NMSE', [{points: zip(test_time_k.at, test_time_k.nmse)}], logs),
+    test_time_k && plot('ΔCE at other k', "k'", 'nats a token', [{points: zip(test_time_k.at, test_time_k.delta_ce)}], logs)];
+  const different = key => [...new Set(D.runs.map(r => r[key]))].sort((a, b) => a - b), ks = different('k'), ns = different('n_latents');
+  const along = (x, runs) => runs.sort((a, b) => a[x] - b[x]).map(r => [r[x], r.nmse]);
+  const measured = (values, name, key, x) => values.map(v => ({name: `${name} = ${v}`, points: along(x, D.runs.filter(r => r[key] === v))}));
+  const terms = (l, n, k) => Math.exp(l.alpha + l.beta_k * k + l.beta_n * n + l.gamma * k * n) + Math.exp(l.zeta + l.eta * k);
+  const law = (n, k) => terms(D.law, Math.log(n), Math.log(k));
+  const fitted = (name, values, points) => D.law ? values.map(v => ({name: `law, ${name} = ${v}`, law: true, points: points(v)})) : [];
+  if (D.runs.length) plots.push(
+    plot('All runs: NMSE against n', 'latents n', 'NMSE', [...measured(ks, 'k', 'k', 'n_latents'), ...fitted('k', ks, k => ns.map(n => [n, law(n, k)]))], logs),
+    plot('All runs: NMSE against k', 'k', 'NMSE', [...measured(ns, 'n', 'n_latents', 'k'), ...fitted('n', ns, n => ks.map(k => [k, law(n, k)]))], logs));
+  const runs = [el('h2', {}, 'Runs given together'), table(['run', 'n', 'k', 'tokens', 'NMSE'], D.runs.map(r => [r.path, r.n_latents, r.k, r.tokens, r.nmse]))];
+  main.replaceChildren(el('h1', {}, 'Sparse autoencoder'), el('p', {}, D.about),
+    el('p', {}, `${figure(D.n_live)} latents are shown, on ${figure(part.tokens().length)} tokens; `, el('a', {href: '#latents'}, 'the table of all of them'), '.'),
+    el('h2', {}, 'Plots'), el('div', {class: 'plots'}, plots),
+    el('h2', {}, 'Metrics'), table(['metric', 'value', '± standard error', 'unit', 'sample'], D.metrics), ...(D.runs.length ? runs : []));
 }
 
-// The order of the table is the order in which the arrow keys step.
-const n2g = (r, j) => D.n2g[part.latents()[r]]?.[j] ?? NaN;
-const columns = {latent: r => part.latents()[r], ...Object.fromEntries(Object.keys(stat).map(n => [n, r => stat[n]()[r]])), 'N2G precision': r => n2g(r, 0), 'N2G recall': r => n2g(r, 1)};
+// The table of latents. Its order is the order in which the arrow keys step.
+const fires = r => Math.round(stat.density()[r] * part.tokens().length), n2g = (r, j) => D.n2g[part.latents()[r]]?.[j] ?? NaN;
+const ofStats = Object.fromEntries(Object.keys(stat).map(n => [n, r => stat[n]()[r]]));
+const columns = {latent: r => part.latents()[r], ...ofStats, 'N2G precision': r => n2g(r, 0), 'N2G recall': r => n2g(r, 1)};
+const numbers = r => Object.values(columns).slice(1).map(f => f(r));
+const mainOf = (r, many) => upTo(many).map(j => [part.main()[5 * r + j], part['main share']()[5 * r + j] / 255]).filter(([, share]) => share);
+const mainTokens = (r, many) => mainOf(r, many).map(([id, share]) => el('span', {}, word(id), ` ${Math.round(100 * share)} % `));
 let sorted = {by: 'latent', up: true}, wanted = '', fewest = 0, rows = 100, order = [];
-const fires = r => Math.round(stat.density()[r] * part.tokens().length);
 function arrange() {
-  const value = columns[sorted.by], sign = sorted.up ? 1 : -1, q = wanted.toLowerCase();
-  order = Array.from({length: D.n_live}, (_, r) => r).filter(r => fires(r) >= fewest && (!q || mainWords(r).some(t => t.includes(q))));
-  order.sort((a, b) => { const x = value(a), y = value(b); return Number.isNaN(x) - Number.isNaN(y) || sign * (x - y) || a - b; });
+  const value = columns[sorted.by], direction = sorted.up ? 1 : -1, q = wanted.toLowerCase();
+  order = upTo(D.n_live).filter(r => fires(r) >= fewest && (!q || mainOf(r, 3).some(([id]) => D.vocabulary[id].toLowerCase().includes(q))));
+  order.sort((a, b) => { const x = value(a), y = value(b); return Number.isNaN(x) - Number.isNaN(y) || direction * (x - y) || a - b; });
 }
-const mainWords = r => [0, 1, 2].filter(j => part['main share']()[5 * r + j]).map(j => D.vocabulary[part.main()[5 * r + j]].toLowerCase());
+function sortBy(name) {
+  sorted = {by: name, up: sorted.by === name ? !sorted.up : name === 'latent'};
+  latents();
+  main.querySelector('[aria-sort$="ending"] button').focus();
+}
+function narrow(set, value) {
+  set(value);
+  rows = 100;
+  latents();
+}
 function latents() {
   arrange();
-  const head = Object.keys(columns).map(name => el('th', {class: 'number', 'aria-sort': sorted.by === name ? (sorted.up ? 'ascending' : 'descending') : 'none'}, el('button', {type: 'button', onclick: () => { sorted = {by: name, up: sorted.by === name ? !sorted.up : name === 'latent'}; latents(); main.querySelector(`[aria-sort$="ending"] button`).focus(); }}, name + (sorted.by === name ? (sorted.up ? ' ▲' : ' ▼') : ''))));
-  const row = r => el('tr', {}, el('td', {class: 'number'}, el('a', {href: '#latent/' + part.latents()[r]}, String(part.latents()[r]))), Object.entries(columns).slice(1).map(([, f]) => el('td', {class: 'number'}, figure(f(r)))), el('td', {}, mainTokens(r, 3)));
+  const mark = name => sorted.by !== name ? ['none', ''] : sorted.up ? ['ascending', ' ▲'] : ['descending', ' ▼'];
+  const button = name => el('button', {type: 'button', onclick: () => sortBy(name)}, name + mark(name)[1]);
+  const head = Object.keys(columns).map(name => el('th', {class: 'number', 'aria-sort': mark(name)[0]}, button(name)));
+  const cell = v => el('td', {class: 'number'}, v);
+  const row = r => el('tr', {}, cell(link(r, String(part.latents()[r]))), numbers(r).map(v => cell(figure(v))), el('td', {}, mainTokens(r, 3)));
   const body = el('tbody', {}, order.slice(0, rows).map(row));
-  const more = el('button', {type: 'button', onclick: () => { body.append(...order.slice(rows, rows += 500).map(row)); more.hidden = rows >= order.length; }}, 'More rows');
-  more.hidden = rows >= order.length;
-  const field = (label, type, value, set) => el('label', {}, label + ' ', el('input', {type, value, size: 10, onchange: e => { set(e.target.value); rows = 100; latents(); }}));
-  main.replaceChildren(el('h1', {}, 'Latents'), el('p', {class: 'columns'}, field('fires on', 'search', wanted, v => wanted = v), field('on at least this many tokens', 'number', fewest, v => fewest = +v), el('span', {id: 'count', role: 'status'}, `${order.length.toLocaleString('en')} of ${D.n_live.toLocaleString('en')}`)),
-    el('p', {class: 'faint'}, 'density: share of tokens it fires on; mean, skew, kurtosis, max: of its activations where it fires (inputs have norm 1); mean square: over all tokens.'),
-    el('div', {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'all latents'}, el('table', {}, el('thead', {}, el('tr', {}, head, el('th', {}, 'fires on'))), body)), el('p', {}, more));
+  const more = el('button', {type: 'button', onclick: () => { body.append(...order.slice(rows, rows += 500).map(row)); hide(); }}, 'More rows');
+  const hide = () => more.hidden = rows >= order.length;
+  hide();
+  const field = (label, type, value, set) => el('label', {}, label + ' ', el('input', {type, value, size: 10, onchange: e => narrow(set, e.target.value)}));
+  const count = `${figure(order.length)} of ${figure(D.n_live)}`;
+  main.replaceChildren(el('h1', {}, 'Latents'),
+    el('p', {class: 'columns'}, field('fires on', 'search', wanted, v => wanted = v), field('on at least this many tokens', 'number', fewest, v => fewest = +v),
+      el('span', {id: 'count', role: 'status'}, count)),
+    faint('density: share of tokens it fires on; mean, skew, kurtosis, max: of its activations where it fires (inputs have norm 1); mean square: over all tokens.'),
+    scroll('all latents', el('table', {}, el('thead', {}, el('tr', {}, head, el('th', {}, 'fires on'))), body)), el('p', {}, more));
 }
-const mainTokens = (r, many) => [0, 1, 2, 3, 4].slice(0, many).filter(j => part['main share']()[5 * r + j]).map(j => el('span', {}, word(part.main()[5 * r + j]), ` ${Math.round(part['main share']()[5 * r + j] / 2.55)} % `));
 
-function exampleOf(r, e) {  // -> {context, acts: Map(position -> activation), peak}
-  const acts = new Map(), max = stat.max()[r]; let peak = 0, best = -1;
-  for (let p = firstPair()[e]; p < firstPair()[e + 1]; p++) { const a = shown.value()[p] / 255 * max; acts.set(shown.position()[p], a); if (a > best) [best, peak] = [a, shown.position()[p]]; }
-  return {context: shown.context()[e], acts, peak};
+// One latent.
+function exampleOf(r, e) {  // -> its context, activations by position, and the position of the highest
+  const acts = new Map(upTo(shown.pairs()[e]).map(i => firstPair()[e] + i).map(p => [shown.position()[p], shown.value()[p] / 255 * stat.max()[r]]));
+  return {context: shown.context()[e], acts, peak: [...acts].reduce((a, b) => b[1] > a[1] ? b : a)[0]};
 }
 const tokenAt = (context, t) => D.vocabulary[part.tokens()[context * D.T + t]];
 function contextView(r, e) {
-  const {context, acts, peak} = exampleOf(r, e), max = stat.max()[r];
-  const tokens = Array.from({length: D.T}, (_, t) => { const a = acts.get(t) || 0, s = a / max; return el('span', {class: 'token' + (t === peak ? ' peak' : ''), title: `${visible(tokenAt(context, t))}  ${figure(a)}`, style: a ? `background: rgba(var(--mark), ${.12 + .6 * s}); border-bottom-width: ${1 + 3 * s}px` : null}, visible(tokenAt(context, t))); });
-  return el('div', {}, el('div', {class: 'context'}, tokens), el('details', {}, el('summary', {}, `peak ${figure(acts.get(peak))}, ${Math.round(100 * acts.get(peak) / max)} % of its maximum; values`), table(['position', 'token', 'activation'], [...acts].map(([t, a]) => [t, visible(tokenAt(context, t)), a]))));
+  const {context, acts, peak} = exampleOf(r, e), max = stat.max()[r], share = Math.round(100 * acts.get(peak) / max);
+  const shade = a => a ? `background: rgba(var(--mark), ${.12 + .6 * a / max}); border-bottom-width: ${1 + 3 * a / max}px` : null;
+  const token = (text, t) => el('span', {class: 'token' + (t === peak ? ' peak' : ''), title: `${text}  ${figure(acts.get(t) || 0)}`, style: shade(acts.get(t))}, text);
+  return el('div', {}, el('div', {class: 'context'}, upTo(D.T).map(t => token(visible(tokenAt(context, t)), t))),
+    el('details', {}, el('summary', {}, `peak ${figure(acts.get(peak))}, ${share} % of its maximum; values`),
+      table(['position', 'token', 'activation'], [...acts].map(([t, a]) => [t, visible(tokenAt(context, t)), a]))));
 }
 function effects(r, name, unit, scale) {
   const tokens = number[name]?.(), values = number[name + ' value']?.(), k = D.top;
-  if (!tokens) return [el('p', {class: 'faint'}, 'not defined at this site')];
-  const list = (from, sign) => table(['token', unit], Array.from({length: k}, (_, j) => [word(tokens[2 * k * r + from + j]), values[2 * k * r + from + j] * scale]), sign);
-  return [el('div', {class: 'columns'}, el('div', {}, 'raises', list(0, 'raises')), el('div', {}, 'lowers', list(k, 'lowers')))];
+  if (!tokens) return faint('not defined at this site');
+  const rows = from => upTo(k).map(j => 2 * k * r + from + j).map(i => [word(tokens[i]), values[i] * scale]);
+  const list = (title, from) => el('div', {}, title, table(['token', unit], rows(from), title));
+  return el('div', {class: 'columns'}, list('raises', 0), list('lowers', k));
 }
 function latent(id) {
   const r = rankOf(id);
   if (r < 0) return main.replaceChildren(el('h1', {}, 'Latent ' + id), el('p', {}, 'It does not fire on this text, or is not part of this report.'));
   if (!order.includes(r)) { wanted = ''; fewest = 0; arrange(); }
-  const from = firstExample()[r], to = firstExample()[r + 1], top = Math.min(to - from, D.examples), near = number.near(), cosine = number['near cosine']();
-  const examples = (a, b) => Array.from({length: b - a}, (_, i) => contextView(r, a + i)), loss = number['effect size']().slice(2 * r, 2 * r + 2);
-  const bins = Array.from(part.histogram().slice(D.bins * r, D.bins * (r + 1))).map((c, i) => [i / D.bins * stat.max()[r], c]), patterns = D.patterns[id];
-  main.replaceChildren(el('h1', {}, 'Latent ' + id), el('p', {}, el('button', {type: 'button', id: 'previous', onclick: () => stepBy(-1)}, '← previous'), ' ', el('button', {type: 'button', id: 'next', onclick: () => stepBy(1)}, 'next →'), el('span', {class: 'faint'}, ` ${order.indexOf(r) + 1} of ${order.length}, in the order of the table`)),
-    el('p', {}, 'Fires on ', mainTokens(r, 5), el('span', {class: 'faint'}, '(share of its activation)')), table(Object.keys(columns).slice(1), [Object.values(columns).slice(1).map(f => f(r))], 'statistics'),
-    el('h2', {}, 'Highest contexts'), ...examples(from, from + top), ...(to - from > top ? [el('h2', {}, 'Contexts from the highest to the lowest'), ...examples(from + top, to)] : []),
-    ...(patterns ? [el('h2', {}, 'N2G patterns'), el('p', {class: 'faint'}, '^ start of the context, * any token; the activation predicted'), el('ul', {}, patterns.map(t => el('li', {}, t)))] : []),
-    el('div', {class: 'columns'}, el('section', {}, el('h2', {}, 'Next tokens: direct effect'), el('p', {class: 'faint'}, 'decoder row through the final norm and the unembedding, relative to the largest'), effects(r, 'direct', 'relative', 1 / 127)),
-      el('section', {}, el('h2', {}, 'Next tokens: measured effect'), el('p', {class: 'faint'}, `at its highest activation; without it the loss changes by ${figure(loss[0])} and KL is ${figure(loss[1])} nats`), effects(r, 'effect', 'nats', 1)),
-      el('section', {}, plot('Activations where it fires', 'activation', 'tokens', [{bars: true, points: bins}]), el('h2', {}, 'Nearest decoder rows'), table(['latent', 'cosine', 'fires on'], Array.from({length: D.near}, (_, j) => near[D.near * r + j]).flatMap((o, j) => o === r ? [] : [[link(o), cosine[D.near * r + j] / 127, el('span', {}, mainTokens(o, 2))]])))));
+  const examples = upTo(shown['per latent']()[r]).map(i => contextView(r, firstExample()[r] + i)), patterns = D.patterns[id];
+  const [loss, kl] = number['effect size']().slice(2 * r);
+  const near = upTo(D.near).map(j => D.near * r + j).map(i => [number.near()[i], number['near cosine']()[i] / 127]);
+  const bins = upTo(D.bins).map(i => [i / D.bins * stat.max()[r], part.histogram()[D.bins * r + i]]);
+  const step = (name, text, by) => el('button', {type: 'button', id: name, onclick: () => stepBy(by)}, text), title = text => el('h2', {}, text);
+  main.replaceChildren(el('h1', {}, 'Latent ' + id),
+    el('p', {}, step('previous', '← previous', -1), ' ', step('next', 'next →', 1),
+      el('span', {class: 'faint'}, ` ${order.indexOf(r) + 1} of ${order.length}, in the order of the table`)),
+    el('p', {}, 'Fires on ', mainTokens(r, 5), el('span', {class: 'faint'}, '(share of its activation)')),
+    table(Object.keys(columns).slice(1), [numbers(r)], 'statistics'),
+    title('Highest contexts'), ...examples.slice(0, D.examples),
+    ...(examples.length > D.examples ? [title('Contexts from the highest to the lowest'), ...examples.slice(D.examples)] : []),
+    ...(patterns ? [title('N2G patterns'), faint('^ start of the context, * any token; the activation predicted'),
+      el('ul', {}, patterns.map(t => el('li', {}, t)))] : []),
+    el('div', {class: 'columns'},
+      el('section', {}, title('Next tokens: direct effect'), faint('decoder row through the final norm and the unembedding, relative to the largest'),
+        effects(r, 'direct', 'relative', 1 / 127)),
+      el('section', {}, title('Next tokens: measured effect'), faint(`at its highest activation; without it the loss changes by ${figure(loss)} and KL is ${figure(kl)} nats`),
+        effects(r, 'effect', 'nats', 1)),
+      el('section', {}, plot('Activations where it fires', 'activation', 'tokens', [{bars: true, points: bins}]),
+        title('Nearest decoder rows'),
+        table(['latent', 'cosine', 'fires on'], near.filter(([o]) => o !== r).map(([o, cosine]) => [link(o), cosine, el('span', {}, mainTokens(o, 2))])))));
 }
-const ranks = once(() => new Map(Array.from(part.latents(), (id, r) => [id, r])));
-const rankOf = id => ranks().get(+id) ?? -1;
+const ranks = once(() => new Map(Array.from(part.latents(), (id, r) => [id, r]))), rankOf = id => ranks().get(+id) ?? -1;
 function stepBy(by) {
   const at = order.indexOf(rankOf(location.hash.split('/')[1]));
   if (order.length) location.hash = 'latent/' + part.latents()[order[(at + by + order.length) % order.length]];
 }
 
+// A latent is found by the tokens that carry its activation, and by the text that ends at its highest one.
 function search(query) {
-  const q = query.trim().toLowerCase(), score = D.vocabulary.map(t => { const w = t.trim().toLowerCase(); return !q || !w ? 0 : w === q || t === query ? 4 : w.includes(q) ? 1 : 0; }), found = [];
+  const q = query.trim().toLowerCase(), found = [];
+  const score = D.vocabulary.map(t => { const w = t.trim().toLowerCase(); return !q || !w ? 0 : w === q || t === query ? 4 : w.includes(q) ? 1 : 0; });
   for (let r = 0; r < D.n_live && q; r++) {
-    let best = 0;
-    for (let j = 0; j < 5; j++) best = Math.max(best, score[part.main()[5 * r + j]] * part['main share']()[5 * r + j] / 255);
-    const {context, peak} = exampleOf(r, firstExample()[r]); let near = '';
-    for (let t = Math.max(0, peak - 3); t <= peak; t++) near += tokenAt(context, t);
-    if (near.toLowerCase().includes(q)) best += .3;
+    let best = Math.max(0, ...mainOf(r, 5).map(([id, share]) => score[id] * share));
+    const {context, peak} = exampleOf(r, firstExample()[r]);
+    if (upTo(Math.min(4, peak + 1)).map(i => tokenAt(context, peak - i)).reverse().join('').toLowerCase().includes(q)) best += .3;
     best *= 1 - Math.exp(-fires(r) / 10);  // what fires once proves little
-    if (best) found.push([best, r]);
+    if (best > 0) found.push([best, r]);
   }
   found.sort((a, b) => b[0] - a[0] || a[1] - b[1]);
-  main.replaceChildren(el('h1', {}, `Latents for “${query}”`), el('p', {role: 'status'}, found.length ? `${found.length.toLocaleString('en')} found${found.length > 100 ? '; the first 100' : ''}` : 'none found'),
-    table(['latent', 'density', 'max', 'fires on'], found.slice(0, 100).map(([, r]) => [link(r), stat.density()[r], stat.max()[r], el('span', {}, mainTokens(r, 4))])));
+  const many = found.length ? `${figure(found.length)} found${found.length > 100 ? '; the first 100' : ''}` : 'none found';
+  const results = found.slice(0, 100).map(([, r]) => [link(r), stat.density()[r], stat.max()[r], el('span', {}, mainTokens(r, 4))]);
+  main.replaceChildren(el('h1', {}, `Latents for “${query}”`), el('p', {role: 'status'}, many), table(['latent', 'density', 'max', 'fires on'], results));
 }
 
+// The address says what is shown: #overview, #latents, #latent/NUMBER or #search/WORD.
 let started = false;
 function route() {
   let hash = location.hash.slice(1);
@@ -1683,19 +1768,23 @@ function route() {
   const [page, ...rest] = hash.split('/'), focused = document.activeElement?.id;
   document.title = page === 'latent' ? `Latent ${rest[0]}` : 'Sparse autoencoder';
   ({latents, latent: () => latent(rest[0]), search: () => search(rest.join('/'))}[page] || overview)();
-  document.querySelectorAll('nav a').forEach(a => a.hash === '#' + (page || 'overview') ? a.setAttribute('aria-current', 'page') : a.removeAttribute('aria-current'));
+  for (const a of document.querySelectorAll('nav a')) a.setAttribute('aria-current', a.hash === '#' + (page || 'overview') ? 'page' : 'false');
   scrollTo(0, 0);
   if (started) (document.getElementById(focused) || main).focus({preventScroll: true});  // keyboards go on where they were
   started = true;
 }
 const random = () => location.hash = 'latent/' + part.latents()[Math.floor(Math.random() * D.n_live)];
 document.getElementById('random').addEventListener('click', random);
-document.getElementById('search').addEventListener('submit', e => { e.preventDefault(); location.hash = 'search/' + encodeURIComponent(document.getElementById('query').value); });
+document.getElementById('search').addEventListener('submit', e => {
+  e.preventDefault();
+  location.hash = 'search/' + encodeURIComponent(document.getElementById('query').value);
+});
 addEventListener('keydown', e => {
   if (e.target.matches('input, select') || e.ctrlKey || e.metaKey || e.altKey) return;
+  const by = {ArrowLeft: -1, ArrowRight: 1}[e.key];
   if (e.key === '/') { e.preventDefault(); document.getElementById('query').focus(); }
   else if (e.key === 'r') random();
-  else if (location.hash.startsWith('#latent/') && ['ArrowLeft', 'ArrowRight'].includes(e.key) && !e.target.closest?.('.scroll')) { e.preventDefault(); stepBy(e.key === 'ArrowLeft' ? -1 : 1); }
+  else if (by && location.hash.startsWith('#latent/') && !e.target.closest?.('.scroll')) { e.preventDefault(); stepBy(by); }
 });
 addEventListener('hashchange', route);
 arrange();
