@@ -174,7 +174,9 @@ def positions(sae, x):
 
 
 def compute_equivalent(curve, delta_ce):
-    """The share of the model's training compute at which its own loss was `delta_ce` nats above its final one.
+    """The share of the model's training compute at which its own loss was `delta_ce` nats above its final one (section 4.1).
+
+    Reads too high where the curve is of one run whose learning rate decays, as `stdlib`'s is: its loss falls fastest at the end.
 
     curve: list of {"flops", "loss"}; interpolated in log-compute. Returns (share, how); None and the reason where the curve does not reach.
     """
@@ -948,7 +950,7 @@ def fit_exponentials(terms, loss, seed=0):
 def fit_scaling_law(runs):
     """L(n, k) = exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k) through runs: dicts with n_latents, k, nmse.
 
-    Returns alpha beta_k beta_n gamma zeta eta, their standard errors (`_se`), r2 (of ln L), rmse (of ln L), the same for the fit
+    Returns alpha beta_k beta_n gamma zeta eta, their standard errors (`_se`), `fitted` L of the runs, r2 and rmse of ln L, the same for the fit
     without the irreducible second term (r2_without, rmse_without) and delta_aic (AICc, small-sample), the evidence for it (positive: needed; nan with fewer than 9 runs).
     Raises UserError for fewer runs than parameters, or where n or k do not vary enough.
     """
@@ -963,6 +965,7 @@ def fit_scaling_law(runs):
     theta, errors, r2, rss = fit_exponentials([first, second], loss)
     _, _, r2_without, rss_without = fit_exponentials([first], loss)
     out = dict(zip(names, theta.tolist())) | {name + "_se": e for name, e in zip(names, errors.tolist())}
+    out["fitted"] = (np.exp(first @ theta[:4]) + np.exp(second @ theta[4:])).tolist()
     R = len(runs)
     aicc = lambda rss, p: R * math.log(max(rss, 1e-300)) + 2 * p + 2 * p * (p + 1) / (R - p - 1) if R > p + 1 else math.nan  # p counts the variance too
     return out | {"r2": r2, "rmse": math.sqrt(rss / R), "r2_without": r2_without, "rmse_without": math.sqrt(rss_without / R),
@@ -1041,7 +1044,7 @@ def fit_main(paths):
 
 
 def pack(array):
-    """A numpy array as JSON: its type (u1, u2, u4, i1 or f4) and its bytes in base64."""
+    """A numpy array as JSON: its type (u1, u2, u4, i2 or f4) and its bytes in base64."""
     array = np.ascontiguousarray(array)
     return {"type": array.dtype.str[1:], "data": base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()}
 
@@ -1064,13 +1067,15 @@ def ranges(starts, lengths):
 
 
 @torch.no_grad()
-def report(sae, model, encoding, tokens, x, layer, site, most=0, examples=6, bins=12, seed=0):
+def report(sae, model, encoding, tokens, x, layer, site, most=0, held_out=None, examples=6, bins=12, seed=0):
     """What the page shows of single latents, from tokens (C, T) with raw activations x (C, T, d): a dict ready for JSON.
 
-    most: at most so many of the latents that fire, a seeded sample; 0: all. For each: density, moments and histogram of its
-    activations, the `examples` contexts with the highest peaks and as many evenly spaced among the rest, all activations in them,
-    the tokens that carry its activation, its direct effect on the logits (the decoder row through the final norm and the
-    unembedding), the measured one at its highest peak (its contribution there is taken away), and the nearest decoder rows.
+    most: at most so many of the latents that fire, a seeded sample; 0: all. held_out: so many contexts, the first, are held-out
+    text, the others training text (default: all are). For each latent: density, moments and histogram of its
+    activations, the `examples` contexts with the highest peaks and as many evenly spaced ones from there to the lowest, all
+    activations in them, the tokens that carry its activation, its direct effect on the logits (the decoder row through the final
+    norm and the unembedding), the measured one at its highest peak (its contribution there is taken away), and the nearest
+    decoder rows.
     """
     (C, T), ids = tokens.shape, tokens.flatten().numpy()
     latent, token, value = (v.numpy() for v in active_pairs(sae, x.flatten(0, 1)))
@@ -1110,38 +1115,36 @@ def report(sae, model, encoding, tokens, x, layer, site, most=0, examples=6, bin
     order = np.lexsort((-top, rank[group]))
     of = rank[group][order]
     place, total = np.arange(len(of)) - np.searchsorted(of, of), np.bincount(of, minlength=len(live))
-    rest = np.maximum(total[of] - examples, 1)
-    step = (place - examples) * examples // rest  # which of the later examples this one may be: the first of each step is
-    before = (place - examples - 1) * examples // rest
-    some = order[(place < examples) | (step != before)]
+    later, last = place - examples, np.maximum(total[of] - examples - 1, 1)  # evenly spaced from the first of the later ones to the last
+    some = order[(place < examples) | (later >= 0) & (later * (examples - 1) // last != (later - 1) * (examples - 1) // last)]
     of_pairs = ranges(group[some], size[some])
     shown = {"context": smallest(token[group[some]] // T), "pairs": smallest(size[some]), "per latent": smallest(np.bincount(rank[group[some]], minlength=len(live))),
-             "position": smallest(token[of_pairs] % T), "value": np.ceil(value[of_pairs] / peak[rank[of_pairs]] * 255).astype(np.uint8)}
+             "position": smallest(token[of_pairs] % T), "value": np.maximum(1, np.round(value[of_pairs] / peak[rank[of_pairs]] * 65535)).astype(np.uint16)}
 
     # Effects on the logits, and neighbours.
-    W = sae.W_dec[torch.from_numpy(live).to(sae.W_dec.device)].float()
+    W_dec, every_row = sae.W_dec[torch.from_numpy(live).to(sae.W_dec.device)].float(), F.normalize(sae.W_dec.float(), dim=1)
     rows = {name: [] for name in ("direct", "direct value", "near", "near cosine", "effect", "effect value", "effect size")}
     k = min(8, model.config.n_vocab // 2)
-    unembedding, near = model.wte.weight.float(), min(6, len(live))
-    for w in W.split(1024):
-        if W.shape[1] == unembedding.shape[1] and site != "mlp_post_act":
+    unembedding, near = model.wte.weight.float(), min(6, sae.n_latents)
+    for w in W_dec.split(1024):
+        if w.shape[1] == unembedding.shape[1] and site != "mlp_post_act":
             logits = (w - w.mean(1, keepdim=True)) * model.ln_f.weight.float() @ unembedding.T
             tokens_, values_ = top_two_ways(logits - logits.mean(1, keepdim=True), k)
-            rows["direct"].append(tokens_), rows["direct value"].append(127 * values_ / values_.abs().amax(1, keepdim=True).clamp_min(1e-30))
-        cosine, at = (F.normalize(w, dim=1) @ F.normalize(W, dim=1).T).topk(near, dim=1)
-        rows["near"].append(at), rows["near cosine"].append(127 * cosine.clamp(-1, 1))
+            rows["direct"].append(tokens_), rows["direct value"].append(values_ / values_.abs().amax(1, keepdim=True).clamp_min(1e-30))
+        cosine, at = (F.normalize(w, dim=1) @ every_row.T).topk(near, dim=1)  # itself among them
+        rows["near"].append(at), rows["near cosine"].append(cosine.clamp(-1, 1))
     at = np.zeros(len(live), int)  # the token of each latent's highest activation
     highest = np.lexsort((-value, rank))
     at[rank[highest[::-1]]] = token[highest[::-1]]
-    found = measured_effects(sae, model, tokens, layer, site, live, at, k)
+    found = measured_effects(sae, model, tokens, layer, site, live, at, peak, k)
     rows["effect"], rows["effect value"], rows["effect size"] = ([v] for v in found)
     joined = {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items() if parts}
-    kinds = {"effect value": np.float32, "effect size": np.float32, "direct value": np.int8, "near cosine": np.int8}
-    numbers = {name: smallest(a) if name not in kinds else np.round(a).astype(np.int8) if kinds[name] == np.int8 else a for name, a in joined.items()}
+    shares = ("direct value", "near cosine")  # between -1 and 1
+    numbers = {name: np.round(32767 * a).astype(np.int16) if name in shares else smallest(a) if a.dtype.kind == "i" else a for name, a in joined.items()}
     known = token_ids(encoding)
     text = [encoding.decode_single_token_bytes(i).decode("utf-8", "backslashreplace") if i in known else "" for i in range(model.config.n_vocab)]
     return {
-        "T": T, "n_live": len(live), "bins": bins, "top": k, "near": near, "examples": examples,
+        "T": T, "n_live": len(live), "held_out": C if held_out is None else held_out, "normalized": sae.normalized, "bins": bins, "top": k, "near": near, "examples": examples,
         "tokens": pack(smallest(ids)), "vocabulary": text, "latents": pack(live.astype(np.uint32)),
         "activations": {"edges": every[1].tolist(), "counts": every[0].tolist()}, "histogram": pack(smallest(histogram)),
         "stats": {name: pack(v.astype(np.float32)) for name, v in stats.items()},
@@ -1156,8 +1159,8 @@ def token_ids(encoding):
 
 
 @torch.no_grad()
-def measured_effects(sae, model, tokens, layer, site, latents, at, k):
-    """Take each latent's contribution away where it is highest: `at` (L), a place in the flattened tokens (C, T).
+def measured_effects(sae, model, tokens, layer, site, latents, at, values, k):
+    """Take each latent's contribution away where it is highest: `at` (L), a place in the flattened tokens (C, T), its `values` (L) there.
 
     -> tokens (L, 2 k) whose logits, against the mean over the vocabulary, it raises and lowers most; by how much, in nats; and (L, 2): what its
     absence adds to the loss of the next token (nan at the end of a context), and KL(with || without) there, in nats.
@@ -1172,15 +1175,12 @@ def measured_effects(sae, model, tokens, layer, site, latents, at, k):
         rows, every = tokens[at[some] // T].to(device), torch.arange(len(some), device=device)
         following = rows.gather(1, (place + 1).clamp(max=T - 1)[:, None])[:, 0]
         rows = rows[:, : int(place.max()) + 1]
-        chosen = torch.from_numpy(latents[some]).to(device)
+        taken = torch.from_numpy(values[some, None]).to(sae.W_dec) * sae.W_dec[torch.from_numpy(latents[some]).to(device)]
 
         def edit(a):
-            act = a[every, place].to(sae.W_dec)
-            u, _, norm = normalize(act) if sae.normalized else (act, None, 1.0)
-            values, indices = sae.encode(u)
-            z = (values * (indices == chosen[:, None])).sum(1, keepdim=True)
+            norm = normalize(a[every, place].to(taken))[2] if sae.normalized else 1.0
             a = a.clone()
-            a[every, place] -= (z * sae.W_dec[chosen] * norm).to(a)
+            a[every, place] -= (taken * norm).to(a)
             return a
 
         clean, without = (model(rows, *args)[every, place].float().log_softmax(1) for args in ((), (layer, site, edit)))
@@ -1212,22 +1212,26 @@ def make_report(path, results, page, run, runs):
     """Everything known: the results so far, the training curves, the latents, and where several runs were given the law through them."""
     log = Path(run) / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    metrics = [row[:5] for metric, result in results.items() if isinstance(result, dict) for row in cells(metric, result)]
+    metrics = [[label, value, error, unit if value is not None else why, size]
+               for metric, result in results.items() if isinstance(result, dict) for label, value, error, unit, size, why in cells(metric, result)]  # fmt: skip
+    tasks = [[name, *(t[kind]["held_out"] for kind in ("latent", "channel")), t["majority"]] for name, t in results.get("probes", {}).get("per_task", {}).items()]
+    dense = [list(row.values()) for row in results.get("dense_latents", {}).get("densest", [])]
     plots = {name: results[metric][name] for metric, name in (("density", "log10_density"), ("density", "log10_mean_square")) if metric in results}
     plots |= {"positions": {key: results["positions"][key] for key in ("nmse", "norm")}} if "positions" in results else {}
     plots |= {"test_time_k": {key: results["test_time_k"][key] for key in ("at", "nmse", "delta_ce")}} if "test_time_k" in results else {}
-    overlay, law = [], None
+    overlay = []
     if len(runs) > 1:
         try:
             overlay = [{key: r[key] for key in ("path", "n_latents", "k", "tokens", "nmse")} for r in read_runs(runs)]
-            law = {name: v for name, v in fit_scaling_law(overlay).items() if name in ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta", "r2")}
+            overlay = [r | {"law": loss} for r, loss in zip(overlay, fit_scaling_law(overlay)["fitted"])]
         except UserError as e:
             print(f"  no law through these runs: {e}", file=sys.stderr)
     per = {i: [v["precision"], v["recall"]] for i, v in results.get("n2g", {}).get("per_latent", {}).items()}
     kept = path.with_name(path.name.replace("report.html", "n2g.json"))
     patterns = {i: e["readable"][:8] for i, e in json.loads(kept.read_text())["latents"].items()} if per and kept.exists() else {}
     curves = {name: [line.get(name) for line in lines] for name in ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")}
-    write_report(path, page | {"about": results["about"], "metrics": metrics, "plots": plots, "curves": curves, "runs": overlay, "law": law, "n2g": per, "patterns": patterns})
+    write_report(path, page | {"about": results["about"], "metrics": metrics, "tasks": tasks, "dense": dense, "plots": plots, "curves": curves,
+                               "runs": overlay, "n2g": per, "patterns": patterns})  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1356,7 +1360,7 @@ def main(argv=None):
     if a.fit:
         out = fit_main(a.runs)
         return print(json.dumps(out, indent=1)) if a.json else None
-    wanted = a.only.split(",") if a.only else QUICK + SLOW * a.all
+    wanted = a.only.split(",") if a.only else QUICK + (SLOW if a.all else ("probes",) * bool(a.probes))
     if unknown := [name for name in wanted if name not in QUICK + SLOW]:
         raise UserError(f"no metric {', '.join(unknown)}; choose among {', '.join(QUICK + SLOW)}")
     for run in a.runs:
@@ -1480,7 +1484,7 @@ def evaluate(run, wanted, a):
     if a.json:
         print(json.dumps(results, indent=1))
     if a.report:
-        page = report(sae, model, encoding, torch.cat([val_tokens, seen_tokens]), torch.cat([val, seen]), layer, site, a.latents)
+        page = report(sae, model, encoding, torch.cat([val_tokens, seen_tokens]), torch.cat([val, seen]), layer, site, a.latents, len(val) if train else None)
         out = out.with_name(out.name.replace("evals.json", "report.html"))
         make_report(out, results, page, run, a.runs)
     print(f"{time.time() - began:.0f} s; written to {out}", file=sys.stderr)
@@ -1494,14 +1498,15 @@ PAGE = r"""<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
 <link rel="icon" href="data:,"><title>Sparse autoencoder</title><style>/*STYLE*/</style></head>
 <body><header><nav aria-label="Pages"><a href="#overview">Overview</a> <a href="#latents">Latents</a> <button id="random" type="button">Random latent (r)</button></nav>
-<form id="search" role="search"><label for="query">Find latents by word or token</label> <input id="query" type="search" autocomplete="off" placeholder="a word  ( / )"></form></header>
+<form id="search" role="search"><label for="query">Find latents by word or token</label> <input id="query" type="search" autocomplete="off" placeholder="a word  ( / )"></form> <span id="status" role="status"></span></header>
 <main id="main" tabindex="-1"></main><noscript>This page needs JavaScript, its own; it loads nothing.</noscript>
 <script type="application/json" id="data">/*DATA*/</script><script>/*SCRIPT*/</script></body></html>
 """
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fdfdfb; --faint: #6a6a66; --line: #d8d8d2; --mark: 214, 106, 0; --blue: #1f5fa8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e6e1; --paper: #17181a; --faint: #a3a19b; --line: #3a3b3e; --mark: 255, 160, 60; --blue: #8ab8f0; } }
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fdfdfb; --faint: #6a6a66; --line: #d8d8d2; --mark: 214, 106, 0; --shade: 214, 106, 0; --blue: #1f5fa8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e6e1; --paper: #17181a; --faint: #a3a19b; --line: #3a3b3e; --mark: 255, 160, 60; --shade: 180, 85, 0; --blue: #8ab8f0; } }
 body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 header { display: flex; flex-wrap: wrap; gap: .5em 2em; padding: .6em 1em; border-bottom: 1px solid var(--line); align-items: center; }
 main { padding: 0 1em 3em; max-width: 75em; margin: auto; outline: none; }
@@ -1509,6 +1514,7 @@ nav a, nav button { margin-right: .8em; } a { color: var(--blue); }
 button, input, select { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--faint); border-radius: 4px; padding: .15em .5em; }
 :focus-visible { outline: 3px solid var(--blue); outline-offset: 1px; }
 h1 { font-size: 1.35em; margin: 1em 0 .3em; } h2 { font-size: 1.05em; margin: 1.6em 0 .3em; } p, ul { max-width: 60em; }
+h1, p, li { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .1em .7em .1em 0; text-align: left; border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; } th button { border: 0; padding: 0; font-weight: 600; }
@@ -1519,17 +1525,17 @@ details { color: var(--faint); font-size: .9em; }
 .context { font: 13px/1.9 ui-monospace, monospace; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding-left: .7em; margin: .4em 0; }
 .token { unicode-bidi: isolate; border-bottom: 0 solid rgb(var(--mark)); }
 .token.peak { font-weight: 700; text-decoration: underline dotted; text-underline-offset: 4px; }
-.word { font-family: ui-monospace, monospace; border: 1px solid var(--line); border-radius: 3px; padding: 0 .25em; unicode-bidi: isolate; white-space: pre; }
+.word { font-family: ui-monospace, monospace; border: 1px solid var(--line); border-radius: 3px; padding: 0 .25em; unicode-bidi: isolate; white-space: pre-wrap; overflow-wrap: anywhere; }
 .faint { color: var(--faint); }
 .key { white-space: nowrap; margin-right: 1em; font-size: .85em; } .key svg { width: 30px; height: 8px; display: inline-block; margin-right: .4em; }
-.columns { display: flex; flex-wrap: wrap; gap: 0 2.5em; } section { flex: 1 1 19em; min-width: 0; }
+.columns { display: flex; flex-wrap: wrap; gap: 0 2.5em; } .columns > * { min-width: 0; } section { flex: 1 1 19em; }
 li { white-space: pre-wrap; font: 13px/1.6 ui-monospace, monospace; }
 """
 
 SCRIPT = r"""
 'use strict';
 const D = JSON.parse(document.getElementById('data').textContent), main = document.getElementById('main');
-const kinds = {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i1: Int8Array, f4: Float32Array};
+const kinds = {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array, f4: Float32Array};
 const unpack = p => p && new kinds[p.type](Uint8Array.from(atob(p.data), c => c.charCodeAt(0)).buffer);
 const once = make => { let made; return () => made ??= make(); };
 const lazily = (packed, names = Object.keys(packed)) => Object.fromEntries(names.map(n => [n, once(() => unpack(packed[n]))]));  // unpacked when first needed
@@ -1553,7 +1559,9 @@ const visible = t => t.replace(/[ \p{C}\u2028\u2029\ufffd]/gu, c => sign[c] ?? '
 const figure = v => v == null || Number.isNaN(v) ? '–' : Number.isInteger(v) ? v.toLocaleString('en')
   : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
 const word = id => el('span', {class: 'word'}, visible(D.vocabulary[id]));
-const link = (r, text = 'latent ' + part.latents()[r]) => el('a', {href: '#latent/' + part.latents()[r]}, text);
+const link = (id, text = 'latent ' + id) => el('a', {href: '#latent/' + id}, text), say = text => document.getElementById('status').textContent = text;
+const count = (n, of) => `${figure(n * D.T)} ${of} tokens`, others = part.tokens().length / D.T - D.held_out;
+const texts = count(D.held_out, 'held-out') + (others ? ` and ${count(others, 'training')}` : '');
 const faint = text => el('p', {class: 'faint'}, text);
 const scroll = (name, inside) => el('div', {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': name}, inside);
 function table(head, rows, caption = head.join(', ')) {
@@ -1564,55 +1572,60 @@ function table(head, rows, caption = head.join(', ')) {
 
 // Plots. An axis is a function from values to places, and about five round values with theirs.
 function axis(values, log, from, to, zero) {
-  const f = log ? Math.log10 : v => v, short = v => Math.abs(v) < 1e4 ? figure(v) : v.toLocaleString('en', {notation: 'compact'});
+  const f = log ? Math.log10 : v => v;
   let lo = Math.min(...values.map(f)), hi = Math.max(...values.map(f));
   if (zero && !log) lo = Math.min(lo, 0);
   if (hi - lo < 1e-9) { lo -= .5; hi += .5; }
-  const place = t => from + (t - lo) / (hi - lo) * (to - from), raw = (hi - lo) / 4, power = 10 ** Math.floor(Math.log10(raw));
-  const step = power * [1, 2, 5, 10].find(m => m * power >= raw), ticks = [];
-  if (log) for (let p = Math.floor(lo); p <= hi; p++) ticks.push(...(hi - lo < 1.5 ? [1, 2, 5] : [1]).map(m => Math.log10(m) + p));
-  else for (let t = Math.ceil(lo / step) * step; t <= hi + 1e-9 * step; t += step) ticks.push(t);
-  const inside = ticks.filter(t => t >= lo - 1e-9 && t <= hi + 1e-9);
-  return {at: v => place(f(v)), ticks: inside.map(t => [place(t), short(+(log ? 10 ** t : t).toPrecision(3))])};
+  const at = v => from + (f(v) - lo) / (hi - lo) * (to - from), inside = v => f(v) >= lo - 1e-9 && f(v) <= hi + 1e-9;
+  const even = (lo, hi) => {
+    const raw = (hi - lo) / 4, power = 10 ** Math.floor(Math.log10(raw)), step = power * [1, 2, 5, 10].find(m => m * power >= raw), first = Math.ceil(lo / step);
+    return upTo(Math.floor(hi / step + 1e-9) - first + 1).map(i => (first + i) * step);
+  };
+  const powers = upTo(40).flatMap(p => (hi - lo < 1.5 ? [1, 2, 5] : [1]).map(m => m * 10 ** (p - 20))).filter(inside);
+  const ticks = !log ? even(lo, hi) : powers.length > 1 ? powers : even(10 ** lo, 10 ** hi);
+  const short = v => Math.abs(v) < 1e4 ? figure(v) : v.toLocaleString('en', {notation: 'compact', maximumSignificantDigits: 6});
+  return {at, ticks: ticks.map(v => +v.toPrecision(12)).map(v => [at(v), Number.isInteger(v) ? short(v) : Math.abs(v) < 1e-3 ? v.toExponential() : String(v)])};
 }
-// series: {name, points: [[x, y], ...], bars, law: dotted and without points}. Each point has a tooltip; below are the same numbers as a table.
+// series: {name, points: [[x, y], ...], bars: width of each, which begins at x, law: dotted}. Each point has a tooltip; below are the same numbers.
 function plot(title, xLabel, yLabel, series, {logX, logY} = {}) {
-  const drawable = p => p.every(Number.isFinite) && (!logX || p[0] > 0) && (!logY || p[1] > 0);
-  series = series.map(s => ({...s, points: s.points.filter(drawable)})).filter(s => s.points.length);
+  series = series.map(s => ({...s, all: s.points.filter(p => p.every(Number.isFinite))}));
+  series = series.map(s => ({...s, points: s.all.filter(p => (!logX || p[0] > 0) && (!logY || p[1] > 0))})).filter(s => s.points.length);
   if (!series.length) return null;
-  const W = 380, H = 230, L = 56, R = 10, T = 8, B = 40, all = series.flatMap(s => s.points), bars = series.some(s => s.bars), many = series.length > 1;
-  const width = bars ? all[1]?.[0] - all[0]?.[0] || 1 : 0;
-  const x = axis([...all.map(p => p[0]), all[all.length - 1][0] + width], logX, L, W - R), y = axis(all.map(p => p[1]), logY, H - B, T, bars);
+  const W = 380, H = 230, L = 56, R = 10, T = 8, B = 40, points = series.flatMap(s => s.points), many = series.length > 1, bars = series[0].bars || 0;
+  const x = axis(points.flatMap(p => [p[0], p[0] + bars]), logX, L, W - R), y = axis(points.map(p => p[1]), logY, H - B, T, bars);
   const svg = el('svg', {viewBox: `0 0 ${W} ${H}`, role: 'img', 'aria-label': `${title}: ${yLabel} against ${xLabel}; the numbers are in the table below`});
   const write = (x, y, text, anchor = 'middle', more = {}) => svg.append(el('text', {x, y, 'text-anchor': anchor, ...more}, text));
   for (const [p, t] of x.ticks) { svg.append(el('line', {class: 'axis', x1: p, x2: p, y1: T, y2: H - B})); write(p, H - B + 14, t); }
   for (const [p, t] of y.ticks) { svg.append(el('line', {class: 'axis', x1: L, x2: W - R, y1: p, y2: p})); write(L - 4, p + 4, t, 'end'); }
   write((L + W) / 2, H - 8, xLabel);
   write(12, (H - B) / 2, yLabel, 'middle', {transform: `rotate(-90 12 ${(H - B) / 2})`});
+  const xOf = p => bars ? `${figure(p[0])} to ${figure(p[0] + bars)}` : p[0];
   series.forEach((s, i) => {
-    s.colour = s.law ? 'var(--faint)' : ['var(--blue)', 'rgb(var(--mark))', 'var(--ink)'][i % 3];
-    s.dash = s.law ? '1 3' : ['', '6 3', '2 2', '8 2 2 2'][i % 4];
-    const tip = p => el('title', {svg: 1}, `${s.name ? s.name + ': ' : ''}${xLabel} ${figure(p[0])}, ${yLabel} ${figure(p[1])}`);
-    if (s.bars) for (const p of s.points) {
-      const size = {width: Math.max(1, x.at(p[0] + width) - x.at(p[0]) - 1), height: Math.max(0, H - B - y.at(p[1]))};
+    const style = s.law ? series.findIndex(t => t.name === s.of) : i;
+    s.colour = ['var(--blue)', 'rgb(var(--mark))', 'var(--ink)', 'var(--faint)'][style % 4];
+    s.dash = s.law ? '1 4' : ['', '6 3', '2 2', '8 2 2 2', '12 3'][style % 5];
+    const tip = p => el('title', {svg: 1}, `${s.name ? s.name + ': ' : ''}${xLabel} ${bars ? xOf(p) : figure(p[0])}, ${yLabel} ${figure(p[1])}`);
+    if (bars) for (const p of s.points) {
+      const size = {width: Math.max(1, x.at(p[0] + bars) - x.at(p[0]) - 1), height: Math.max(0, H - B - y.at(p[1]))};
       svg.append(el('rect', {x: x.at(p[0]), y: y.at(p[1]), ...size, fill: s.colour}, tip(p)));
     } else {
       const path = 'M' + s.points.map(p => x.at(p[0]) + ',' + y.at(p[1])).join('L');
-      svg.append(el('path', {d: path, fill: 'none', stroke: s.colour, 'stroke-width': 1.6, 'stroke-dasharray': s.dash}));
+      svg.append(el('path', {d: path, fill: 'none', stroke: s.colour, 'stroke-width': 1.6, 'stroke-dasharray': s.dash}, s.law ? el('title', {svg: 1}, s.name) : null));
       if (!s.law) svg.append(...s.points.map(p => el('circle', {cx: x.at(p[0]), cy: y.at(p[1]), r: s.points.length > 60 ? 1.6 : 3, fill: s.colour}, tip(p))));
     }
   });
   const sample = s => el('svg', {viewBox: '0 0 30 8', 'aria-hidden': 'true'},
     el('line', {x1: 0, x2: 30, y1: 4, y2: 4, stroke: s.colour, 'stroke-width': 2, 'stroke-dasharray': s.dash}),
     s.law ? null : el('circle', {cx: 15, cy: 4, r: 3, fill: s.colour}));
-  const keys = series.filter((s, i) => many && (!s.law || i === series.findIndex(t => t.law)));
-  const rows = series.flatMap(s => s.points.map(p => [...(many ? [s.name] : []), ...p]));
-  return el('figure', {}, el('figcaption', {}, title), svg, el('div', {}, keys.map(s => el('span', {class: 'key'}, sample(s), s.law ? 'the fitted law' : s.name))),
+  const keys = series.filter(s => many && !s.law).map(s => el('span', {class: 'key'}, sample(s), s.name));
+  const dotted = series.some(s => s.law) ? [el('span', {class: 'key'}, 'dotted: the fitted law')] : [];
+  const rows = series.flatMap(s => s.all.map(p => [...(many ? [s.name] : []), xOf(p), p[1]]));
+  return el('figure', {}, el('figcaption', {}, title), svg, el('div', {}, keys, dotted),
     el('details', {}, el('summary', {}, 'as a table'), table([...(many ? ['series'] : []), xLabel, yLabel], rows, title)));
 }
 function histogram(title, xLabel, {counts, edges}, yLabel = 'latents') {
   const used = upTo(counts.length).filter(i => counts[i]), from = used[0], to = used[used.length - 1] + 1;
-  return plot(title, xLabel, yLabel, [{bars: true, points: zip(edges.slice(from, to), counts.slice(from, to))}]);
+  return plot(title, xLabel, yLabel, [{bars: edges[1] - edges[0], points: zip(edges.slice(from, to), counts.slice(from, to))}]);
 }
 
 function overview() {
@@ -1623,27 +1636,27 @@ function overview() {
     plot('Training: dead latents', 'tokens', 'latents', [{points: zip(c.tokens, c.dead)}]),
     plot('Training: L0', 'tokens', 'latents a token', [{points: zip(c.tokens, c.l0)}]),
     plot('Training: speed', 'tokens', 'tokens a second', [{points: zip(c.tokens, c.tokens_per_s)}]),
-    log10_density && histogram('How often latents fire', 'log10 of the share of tokens', log10_density),
-    log10_mean_square && histogram('Mean square activation', 'log10 E[z²]', log10_mean_square),
-    histogram('Activations of all latents', 'activation', D.activations, 'tokens'),
+    log10_density && histogram('How often latents fire, held-out', 'log10 of the share of tokens', log10_density),
+    log10_mean_square && histogram('Mean square activation, held-out', 'log10 E[z²]', log10_mean_square),
+    histogram('Activations of the latents shown', 'activation', D.activations, 'tokens'),
     positions && plot('NMSE by position', 'position in the context', 'NMSE', [{points: positions.nmse.map((v, i) => [i, v])}]),
     positions && plot('Norm of the input by position', 'position in the context', 'norm', [{points: positions.norm.map((v, i) => [i, v])}]),
     test_time_k && plot('NMSE at other k', "k'", 'NMSE', [{points: zip(test_time_k.at, test_time_k.nmse)}], logs),
     test_time_k && plot('ΔCE at other k', "k'", 'nats a token', [{points: zip(test_time_k.at, test_time_k.delta_ce)}], logs)];
-  const different = key => [...new Set(D.runs.map(r => r[key]))].sort((a, b) => a - b), ks = different('k'), ns = different('n_latents');
-  const along = (x, runs) => runs.sort((a, b) => a[x] - b[x]).map(r => [r[x], r.nmse]);
-  const measured = (values, name, key, x) => values.map(v => ({name: `${name} = ${v}`, points: along(x, D.runs.filter(r => r[key] === v))}));
-  const terms = (l, n, k) => Math.exp(l.alpha + l.beta_k * k + l.beta_n * n + l.gamma * k * n) + Math.exp(l.zeta + l.eta * k);
-  const law = (n, k) => terms(D.law, Math.log(n), Math.log(k));
-  const fitted = (name, values, points) => D.law ? values.map(v => ({name: `law, ${name} = ${v}`, law: true, points: points(v)})) : [];
-  if (D.runs.length) plots.push(
-    plot('All runs: NMSE against n', 'latents n', 'NMSE', [...measured(ks, 'k', 'k', 'n_latents'), ...fitted('k', ks, k => ns.map(n => [n, law(n, k)]))], logs),
-    plot('All runs: NMSE against k', 'k', 'NMSE', [...measured(ns, 'n', 'n_latents', 'k'), ...fitted('n', ns, n => ks.map(k => [k, law(n, k)]))], logs));
-  const runs = [el('h2', {}, 'Runs given together'), table(['run', 'n', 'k', 'tokens', 'NMSE'], D.runs.map(r => [r.path, r.n_latents, r.k, r.tokens, r.nmse]))];
+  const values = key => [...new Set(D.runs.map(r => r[key]))].sort((a, b) => a - b);
+  const along = (name, key, x) => ['nmse', 'law'].flatMap(what => values(key).map(v => {
+    const runs = D.runs.filter(r => r[key] === v).sort((a, b) => a[x] - b[x]), of = `${name} = ${v}`, law = what === 'law';
+    return {name: law ? `law, ${of}` : of, of, law, points: runs.map(r => [r[x], r[what] ?? NaN])};
+  }));
+  plots.push(plot('All runs: NMSE against n', 'latents n', 'NMSE', along('k', 'k', 'n_latents'), logs));
+  plots.push(plot('All runs: NMSE against k', 'k', 'NMSE', along('n', 'n_latents', 'k'), logs));
+  const more = (title, head, rows) => rows.length ? [el('h2', {}, title), table(head, rows, title)] : [];
   main.replaceChildren(el('h1', {}, 'Sparse autoencoder'), el('p', {}, D.about),
-    el('p', {}, `${figure(D.n_live)} latents are shown, on ${figure(part.tokens().length)} tokens; `, el('a', {href: '#latents'}, 'the table of all of them'), '.'),
-    el('h2', {}, 'Plots'), el('div', {class: 'plots'}, plots),
-    el('h2', {}, 'Metrics'), table(['metric', 'value', '± standard error', 'unit', 'sample'], D.metrics), ...(D.runs.length ? runs : []));
+    el('p', {}, `${figure(D.n_live)} latents are shown, on ${texts}; `, el('a', {href: '#latents'}, 'the table of all of them'), '.'),
+    el('h2', {}, 'Plots'), el('div', {class: 'plots'}, plots), ...more('Metrics', ['metric', 'value', '± standard error', 'unit', 'sample'], D.metrics),
+    ...more('Probe tasks: loss on the held-out half, nats', ['task', 'best latent', 'best channel', 'majority'], D.tasks),
+    ...more('Densest latents, and correlations', ['latent', 'share of tokens', 'position', 'first token', 'repetition'], D.dense.map(([id, ...v]) => [link(id), ...v])),
+    ...more('Runs given together', ['run', 'n', 'k', 'tokens', 'NMSE'], D.runs.map(r => [r.path, r.n_latents, r.k, r.tokens, r.nmse])));
 }
 
 // The table of latents. Its order is the order in which the arrow keys step.
@@ -1653,54 +1666,53 @@ const columns = {latent: r => part.latents()[r], ...ofStats, 'N2G precision': r 
 const numbers = r => Object.values(columns).slice(1).map(f => f(r));
 const mainOf = (r, many) => upTo(many).map(j => [part.main()[5 * r + j], part['main share']()[5 * r + j] / 255]).filter(([, share]) => share);
 const mainTokens = (r, many) => mainOf(r, many).map(([id, share]) => el('span', {}, word(id), ` ${Math.round(100 * share)} % `));
+// Whether a text contains a query, as it is or as it is shown; spaces around the query count only if there is nothing else.
+const plain = query => (query.trim() || query).toLowerCase();
+const matches = query => text => [text, visible(text)].some(t => t.toLowerCase().includes(plain(query)));
 let sorted = {by: 'latent', up: true}, wanted = '', fewest = 0, rows = 100, order = [];
 function arrange() {
-  const value = columns[sorted.by], direction = sorted.up ? 1 : -1, q = wanted.toLowerCase();
-  order = upTo(D.n_live).filter(r => fires(r) >= fewest && (!q || mainOf(r, 3).some(([id]) => D.vocabulary[id].toLowerCase().includes(q))));
+  const value = columns[sorted.by], direction = sorted.up ? 1 : -1, like = matches(wanted);
+  order = upTo(D.n_live).filter(r => fires(r) >= fewest && (!wanted || mainOf(r, 3).some(([id]) => like(D.vocabulary[id]))));
   order.sort((a, b) => { const x = value(a), y = value(b); return Number.isNaN(x) - Number.isNaN(y) || direction * (x - y) || a - b; });
 }
-function sortBy(name) {
-  sorted = {by: name, up: sorted.by === name ? !sorted.up : name === 'latent'};
-  latents();
-  main.querySelector('[aria-sort$="ending"] button').focus();
-}
-function narrow(set, value) {
-  set(value);
-  rows = 100;
-  latents();
+const cell = v => el('td', {class: 'number'}, v);
+const row = r => el('tr', {}, cell(link(part.latents()[r], String(part.latents()[r]))), numbers(r).map(v => cell(figure(v))), el('td', {}, mainTokens(r, 3)));
+function fill() {  // the rows and what says how they are sorted, so that the fields and buttons keep the focus
+  arrange();
+  main.querySelector('tbody').replaceChildren(...order.slice(0, rows).map(row));
+  main.querySelectorAll('th[data-by]').forEach(th => {
+    const here = th.dataset.by === sorted.by;
+    th.setAttribute('aria-sort', !here ? 'none' : sorted.up ? 'ascending' : 'descending');
+    th.firstChild.textContent = th.dataset.by + (!here ? '' : sorted.up ? ' ▲' : ' ▼');
+  });
+  document.getElementById('more').hidden = rows >= order.length;
+  say(`${figure(order.length)} of ${figure(D.n_live)} latents`);
 }
 function latents() {
-  arrange();
-  const mark = name => sorted.by !== name ? ['none', ''] : sorted.up ? ['ascending', ' ▲'] : ['descending', ' ▼'];
-  const button = name => el('button', {type: 'button', onclick: () => sortBy(name)}, name + mark(name)[1]);
-  const head = Object.keys(columns).map(name => el('th', {class: 'number', 'aria-sort': mark(name)[0]}, button(name)));
-  const cell = v => el('td', {class: 'number'}, v);
-  const row = r => el('tr', {}, cell(link(r, String(part.latents()[r]))), numbers(r).map(v => cell(figure(v))), el('td', {}, mainTokens(r, 3)));
-  const body = el('tbody', {}, order.slice(0, rows).map(row));
-  const more = el('button', {type: 'button', onclick: () => { body.append(...order.slice(rows, rows += 500).map(row)); hide(); }}, 'More rows');
-  const hide = () => more.hidden = rows >= order.length;
-  hide();
-  const field = (label, type, value, set) => el('label', {}, label + ' ', el('input', {type, value, size: 10, onchange: e => narrow(set, e.target.value)}));
-  const count = `${figure(order.length)} of ${figure(D.n_live)}`;
+  const sortBy = name => { sorted = {by: name, up: sorted.by === name ? !sorted.up : name === 'latent'}; fill(); };
+  const head = Object.keys(columns).map(name => el('th', {class: 'number', 'data-by': name}, el('button', {type: 'button', onclick: () => sortBy(name)})));
+  const field = (label, type, value, set) => el('label', {}, label + ' ', el('input', {type, value, size: 10, onchange: e => { set(e.target.value); rows = 100; fill(); }}));
   main.replaceChildren(el('h1', {}, 'Latents'),
-    el('p', {class: 'columns'}, field('fires on', 'search', wanted, v => wanted = v), field('on at least this many tokens', 'number', fewest, v => fewest = +v),
-      el('span', {id: 'count', role: 'status'}, count)),
-    faint('density: share of tokens it fires on; mean, skew, kurtosis, max: of its activations where it fires (inputs have norm 1); mean square: over all tokens.'),
-    scroll('all latents', el('table', {}, el('thead', {}, el('tr', {}, head, el('th', {}, 'fires on'))), body)), el('p', {}, more));
+    el('p', {class: 'columns'}, field('fires on', 'search', wanted, v => wanted = v), field('on at least this many tokens', 'number', fewest, v => fewest = +v)),
+    faint(`On ${texts}. density: share of tokens it fires on; mean, skew, kurtosis, max: of its activations where it fires; mean square: over all tokens.`),
+    D.normalized ? faint('The inputs have norm 1.') : '',
+    scroll('all latents', el('table', {}, el('thead', {}, el('tr', {}, head, el('th', {}, 'fires on'))), el('tbody'))),
+    el('p', {}, el('button', {type: 'button', id: 'more', onclick: () => { rows += 500; fill(); }}, 'More rows')));
+  fill();
 }
 
 // One latent.
 function exampleOf(r, e) {  // -> its context, activations by position, and the position of the highest
-  const acts = new Map(upTo(shown.pairs()[e]).map(i => firstPair()[e] + i).map(p => [shown.position()[p], shown.value()[p] / 255 * stat.max()[r]]));
+  const acts = new Map(upTo(shown.pairs()[e]).map(i => firstPair()[e] + i).map(p => [shown.position()[p], shown.value()[p] / 65535 * stat.max()[r]]));
   return {context: shown.context()[e], acts, peak: [...acts].reduce((a, b) => b[1] > a[1] ? b : a)[0]};
 }
 const tokenAt = (context, t) => D.vocabulary[part.tokens()[context * D.T + t]];
 function contextView(r, e) {
   const {context, acts, peak} = exampleOf(r, e), max = stat.max()[r], share = Math.round(100 * acts.get(peak) / max);
-  const shade = a => a ? `background: rgba(var(--mark), ${.12 + .6 * a / max}); border-bottom-width: ${1 + 3 * a / max}px` : null;
+  const shade = a => a ? `background: rgba(var(--shade), ${.12 + .6 * a / max}); border-bottom-width: ${1 + 3 * a / max}px` : null;
   const token = (text, t) => el('span', {class: 'token' + (t === peak ? ' peak' : ''), title: `${text}  ${figure(acts.get(t) || 0)}`, style: shade(acts.get(t))}, text);
   return el('div', {}, el('div', {class: 'context'}, upTo(D.T).map(t => token(visible(tokenAt(context, t)), t))),
-    el('details', {}, el('summary', {}, `peak ${figure(acts.get(peak))}, ${share} % of its maximum; values`),
+    el('details', {}, el('summary', {}, `peak ${figure(acts.get(peak))}, ${share} % of its maximum, ${context < D.held_out ? 'held-out' : 'training'} text; values`),
       table(['position', 'token', 'activation'], [...acts].map(([t, a]) => [t, visible(tokenAt(context, t)), a]))));
 }
 function effects(r, name, unit, scale) {
@@ -1715,9 +1727,10 @@ function latent(id) {
   if (r < 0) return main.replaceChildren(el('h1', {}, 'Latent ' + id), el('p', {}, 'It does not fire on this text, or is not part of this report.'));
   if (!order.includes(r)) { wanted = ''; fewest = 0; arrange(); }
   const examples = upTo(shown['per latent']()[r]).map(i => contextView(r, firstExample()[r] + i)), patterns = D.patterns[id];
-  const [loss, kl] = number['effect size']().slice(2 * r);
-  const near = upTo(D.near).map(j => D.near * r + j).map(i => [number.near()[i], number['near cosine']()[i] / 127]);
+  const [loss, kl] = number['effect size']().slice(2 * r), change = Number.isNaN(loss) ? 'no next token is there to lose on' : `the loss changes by ${figure(loss)}`;
+  const near = upTo(D.near).map(j => D.near * r + j).map(i => [number.near()[i], number['near cosine']()[i] / 32767]);
   const bins = upTo(D.bins).map(i => [i / D.bins * stat.max()[r], part.histogram()[D.bins * r + i]]);
+  const neighbour = ([o, cosine]) => rankOf(o) < 0 ? [`latent ${o}`, cosine, '–'] : [link(o), cosine, el('span', {}, mainTokens(rankOf(o), 2))];
   const step = (name, text, by) => el('button', {type: 'button', id: name, onclick: () => stepBy(by)}, text), title = text => el('h2', {}, text);
   main.replaceChildren(el('h1', {}, 'Latent ' + id),
     el('p', {}, step('previous', '← previous', -1), ' ', step('next', 'next →', 1),
@@ -1730,12 +1743,12 @@ function latent(id) {
       el('ul', {}, patterns.map(t => el('li', {}, t)))] : []),
     el('div', {class: 'columns'},
       el('section', {}, title('Next tokens: direct effect'), faint('decoder row through the final norm and the unembedding, relative to the largest'),
-        effects(r, 'direct', 'relative', 1 / 127)),
-      el('section', {}, title('Next tokens: measured effect'), faint(`at its highest activation; without it the loss changes by ${figure(loss)} and KL is ${figure(kl)} nats`),
+        effects(r, 'direct', 'relative', 1 / 32767)),
+      el('section', {}, title('Next tokens: measured effect'), faint(`at its highest activation; without it ${change}, KL is ${figure(kl)} nats`),
         effects(r, 'effect', 'nats', 1)),
-      el('section', {}, plot('Activations where it fires', 'activation', 'tokens', [{bars: true, points: bins}]),
+      el('section', {}, plot('Activations where it fires', 'activation', 'tokens', [{bars: stat.max()[r] / D.bins, points: bins}]),
         title('Nearest decoder rows'),
-        table(['latent', 'cosine', 'fires on'], near.filter(([o]) => o !== r).map(([o, cosine]) => [link(o), cosine, el('span', {}, mainTokens(o, 2))])))));
+        table(['latent', 'cosine', 'fires on'], near.filter(([o]) => o !== +id).map(neighbour)))));
 }
 const ranks = once(() => new Map(Array.from(part.latents(), (id, r) => [id, r]))), rankOf = id => ranks().get(+id) ?? -1;
 function stepBy(by) {
@@ -1745,19 +1758,19 @@ function stepBy(by) {
 
 // A latent is found by the tokens that carry its activation, and by the text that ends at its highest one.
 function search(query) {
-  const q = query.trim().toLowerCase(), found = [];
-  const score = D.vocabulary.map(t => { const w = t.trim().toLowerCase(); return !q || !w ? 0 : w === q || t === query ? 4 : w.includes(q) ? 1 : 0; });
-  for (let r = 0; r < D.n_live && q; r++) {
+  const like = matches(query), found = [], score = D.vocabulary.map(t => plain(t) === plain(query) || visible(t) === query ? 4 : like(t) ? 1 : 0);
+  for (let r = 0; r < D.n_live && query; r++) {
     let best = Math.max(0, ...mainOf(r, 5).map(([id, share]) => score[id] * share));
     const {context, peak} = exampleOf(r, firstExample()[r]);
-    if (upTo(Math.min(4, peak + 1)).map(i => tokenAt(context, peak - i)).reverse().join('').toLowerCase().includes(q)) best += .3;
+    if (like(upTo(Math.min(4, peak + 1)).map(i => tokenAt(context, peak - i)).reverse().join(''))) best += .3;
     best *= 1 - Math.exp(-fires(r) / 10);  // what fires once proves little
     if (best > 0) found.push([best, r]);
   }
   found.sort((a, b) => b[0] - a[0] || a[1] - b[1]);
   const many = found.length ? `${figure(found.length)} found${found.length > 100 ? '; the first 100' : ''}` : 'none found';
-  const results = found.slice(0, 100).map(([, r]) => [link(r), stat.density()[r], stat.max()[r], el('span', {}, mainTokens(r, 4))]);
-  main.replaceChildren(el('h1', {}, `Latents for “${query}”`), el('p', {role: 'status'}, many), table(['latent', 'density', 'max', 'fires on'], results));
+  const results = found.slice(0, 100).map(([, r]) => [link(part.latents()[r]), stat.density()[r], stat.max()[r], el('span', {}, mainTokens(r, 4))]);
+  say(many);
+  main.replaceChildren(el('h1', {}, `Latents for “${query}”`), table(['latent', 'density', 'max', 'fires on'], results));
 }
 
 // The address says what is shown: #overview, #latents, #latent/NUMBER or #search/WORD.
@@ -1766,6 +1779,7 @@ function route() {
   let hash = location.hash.slice(1);
   try { hash = decodeURIComponent(hash); } catch { /* a lone %: taken as it is */ }
   const [page, ...rest] = hash.split('/'), focused = document.activeElement?.id;
+  say('');
   document.title = page === 'latent' ? `Latent ${rest[0]}` : 'Sparse autoencoder';
   ({latents, latent: () => latent(rest[0]), search: () => search(rest.join('/'))}[page] || overview)();
   for (const a of document.querySelectorAll('nav a')) a.setAttribute('aria-current', a.hash === '#' + (page || 'overview') ? 'page' : 'false');

@@ -9,7 +9,7 @@ What is here, from top to bottom:
     GPT2             the subject model in plain PyTorch; every site can be read (stopping early) or edited
     load_model       published weights (Hugging Face's names and shapes), local files, or `stdlib`
     documents        .txt, .jsonl, .jsonl.gz, folders, standard input, or OpenAI's WebText sample
-    stdlib           a small real language model, trained in under four minutes on Python's own source text
+    stdlib           a small real language model, trained in about four minutes on Python's own source text
     harvest, Acts    activations written to shards (resumable, atomic) and read back, shuffled
     Stream           the same batches without a disk
 
@@ -55,7 +55,7 @@ WEIGHTS_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.saf
 WEBTEXT_URL = "https://openaipublic.blob.core.windows.net/gpt-2/output-dataset/v1/webtext.train.jsonl"
 EOT = "<|endoftext|>"
 SHARD = 1024  # contexts in one shard: 65,536 tokens, 100 MB at d = 768
-FORMAT = 1
+FORMAT = 2  # of harvested directories, and the build of the embedded model
 
 
 class UserError(ValueError):
@@ -506,25 +506,25 @@ def ngram_losses(train, val, n_vocab):
     return float(-np.log(uni[b]).mean()), float(-np.log(bigram).mean())
 
 
-def lm_loss(model, tokens, **edit):
-    """Mean next-token cross-entropy (nats) of `model` on tokens (B, T)."""
-    logits = model(tokens, **edit)[:, :-1]
+def lm_loss(model, tokens):
+    """Mean next-token cross-entropy (nats) of `model` on tokens (B, T), of which the last is only predicted."""
+    logits = model(tokens[:, :-1])
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
 
 
 def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_head=4, steps=1000, batch=32, length=64, text="stdlib"):
     """Train the embedded language model and save {config, state, merges, curve, losses} at `path`, atomically.
 
-    Under four minutes on two cores. `curve` is its held-out loss against training FLOPs, for the compute-equivalent
+    About four minutes on two cores. `curve` is its held-out loss against training FLOPs, for the compute-equivalent
     metric (paper section 4.1); FLOPs per token = 6 (12 L d^2 + d V) + 12 L d T.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    print("training the embedded language model (under four minutes on two cores; cached afterwards)", file=sys.stderr)
+    print("training the embedded language model (about four minutes on two cores; cached afterwards)", file=sys.stderr)
     start = time.time()
     docs = list(documents(text))
     merges = learn_bpe([doc for i, doc in enumerate(docs) if not is_val(i)], n_vocab - 257)
     encoding = bpe_encoding(merges)
-    rows = {s: torch.tensor(list(split_contexts(docs, encoding, s, length))) for s in ("train", "val")}
+    rows = {s: torch.tensor(list(split_contexts(docs, encoding, s, length + 1))) for s in ("train", "val")}  # the last is only predicted
     config = GPT2Config(encoding.n_vocab, length, d_model, n_layer, n_head)
     losses = dict(zip(("unigram", "bigram"), ngram_losses(rows["train"].numpy(), rows["val"].numpy(), config.n_vocab)))
     print(f"  {sum(map(len, docs)) / 1e6:.1f} M characters, {rows['train'].numel() / 1e6:.2f} M tokens, vocabulary {config.n_vocab}, {time.time() - start:.0f} s", file=sys.stderr)  # fmt: skip
@@ -533,7 +533,7 @@ def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_hea
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = GPT2(config).to(device)
-    val = rows["val"][torch.randperm(len(rows["val"]), generator=gen)[:512]].to(device)
+    val = rows["val"][torch.randperm(len(rows["val"]), generator=gen)[:512], :length].to(device)  # as long as those of `evals.downstream`
     flops = batch * length * (6 * (12 * n_layer * d_model**2 + d_model * config.n_vocab) + 12 * n_layer * d_model * length)
     matrices = [p for p in model.h.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]

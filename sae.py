@@ -575,7 +575,8 @@ def topk_kernel(x, k):
     values, indices = x.new_empty(B, k), torch.empty(B, k, dtype=torch.long, device=x.device)
     maxima, chosen = torch.empty(B, m, dtype=torch.int32, device=x.device), torch.empty(B, k, dtype=torch.int32, device=x.device)
     warps = min(16, max(4, max(M, K * group) // 512))  # more numbers a thread than 32 would spill
-    _topk[(B,)](x, values, indices, maxima, chosen, n, k, m, BITS=16 if x.dtype == torch.bfloat16 else 32, GROUP=group, STEP=min(M, 4096 // group), M=M, K=K, num_warps=warps)
+    bits = 16 if x.dtype == torch.bfloat16 else 32
+    _topk[(B,)](x, values, indices, maxima, chosen, n, k, m, BITS=bits, GROUP=group, STEP=min(M, 4096 // group), M=M, K=K, num_warps=warps)
     return values, indices
 
 
@@ -755,7 +756,7 @@ class Config:
     n_latents: int = option(32768, "latents n")
     k: int = option(32, "active latents a token")
     acts: str = option("acts", "harvested activations; if there are none there, they are made")
-    out: str = option("", "run directory; default runs/n{n_latents}_k{k}, or _l1_{l1}")
+    out: str = option("", "run directory; default runs/n{n_latents}_k{k}, with _multi for --multi_topk; or _l1_{l1}")
     model: str = option("auto", "subject model when activations must be made: auto, gpt2, ..., stdlib, or a path")
     text: str = option("", "text when activations must be made; default: what the model was trained on")
     stream: bool = option(False, "run the model while training instead of reading --acts (default on CUDA when --acts is missing)")
@@ -784,7 +785,7 @@ PAPER_BATCH = 131_072
 def resolve(cfg, d_model, tokens):
     """Fill in the fields left at 0 (see README, "Defaults"). Returns a new Config. Raises ValueError for impossible ones."""
     c = dataclasses.replace(cfg)
-    c.out = c.out or f"runs/n{c.n_latents}_" + (f"l1_{c.l1:g}" if c.l1 else f"k{c.k}")
+    c.out = c.out or f"runs/n{c.n_latents}_" + (f"l1_{c.l1:g}" if c.l1 else f"k{c.k}" + "_multi" * c.multi_topk)
     if c.l1 < 0 or c.l1 and c.multi_topk:
         raise ValueError(f"--l1 {c.l1:g} must be positive, and goes without --multi_topk")
     if c.l1:
@@ -1096,7 +1097,8 @@ def train(cfg, batches, val=None, meta=None, mesh=None):
         scores = {"raw": nmse(raw, val), "ema": nmse(average, val)} if val is not None else {"ema": math.nan}
         kept = min(scores, key=scores.get)
         sae = raw if kept == "raw" else average
-        sae.meta |= {"weights": kept, "nmse": scores, "tokens": steps * cfg.batch, "config": dataclasses.asdict(cfg), "seconds": time.time() - begun, "dead": trainer.n_dead}
+        sae.meta |= {"weights": kept, "nmse": scores, "tokens": steps * cfg.batch, "config": dataclasses.asdict(cfg)}
+        sae.meta |= {"seconds": time.time() - begun, "dead": trainer.n_dead}
         save_checkpoint(trainer)
         mesh.wait()  # for the others' files
         if mesh.first:
@@ -1351,7 +1353,8 @@ def bench(cfg, as_json, d=768, repeats=5):
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     median = {part: sorted(t)[len(t) // 2] for part, t in seconds.items()}
     floor, whole = median["encoder product alone"], median["step, nothing dead"]
-    out = {"device": name, "torch": torch.__version__, "n_latents": n, "k": k, "d": d, "batch": B, "precision": cfg.precision, "peak_gb": peak / 1e9, "tokens_per_s": {part: 1 / t for part, t in median.items()}}  # fmt: skip
+    out = {"device": name, "torch": torch.__version__, "n_latents": n, "k": k, "d": d, "batch": B, "precision": cfg.precision, "peak_gb": peak / 1e9}
+    out["tokens_per_s"] = {part: 1 / t for part, t in median.items()}
     if as_json:
         return print(json.dumps(out))
     print(f"n {n}, k {k}, d {d}, batch {B}, {cfg.precision}, {name}, torch {torch.__version__}; peak memory {peak / 1e9:.1f} GB")
