@@ -1516,7 +1516,7 @@ button, input, select { font: inherit; color: inherit; background: var(--paper);
 h1 { font-size: 1.35em; margin: 1em 0 .3em; } h2 { font-size: 1.05em; margin: 1.6em 0 .3em; } p, ul { max-width: 60em; }
 h1, p, li { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .1em .7em .1em 0; text-align: left; border-bottom: 1px solid var(--line); }
+td, th { padding: .1em .7em .1em 0; text-align: left; border-bottom: 1px solid var(--line); } td { white-space: nowrap; }
 td.number, th.number { text-align: right; } th button { border: 0; padding: 0; font-weight: 600; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21em), 1fr)); gap: 1em; } figure { margin: 0; }
 figcaption { font-weight: 600; }
@@ -1526,7 +1526,7 @@ details { color: var(--faint); font-size: .9em; }
 .token { unicode-bidi: isolate; border-bottom: 0 solid rgb(var(--mark)); }
 .token.peak { font-weight: 700; text-decoration: underline dotted; text-underline-offset: 4px; }
 .word { font-family: ui-monospace, monospace; border: 1px solid var(--line); border-radius: 3px; padding: 0 .25em; unicode-bidi: isolate; white-space: pre-wrap; overflow-wrap: anywhere; }
-.faint { color: var(--faint); }
+td .word { white-space: pre; } .faint { color: var(--faint); }
 .key { white-space: nowrap; margin-right: 1em; font-size: .85em; } .key svg { width: 30px; height: 8px; display: inline-block; margin-right: .4em; }
 .columns { display: flex; flex-wrap: wrap; gap: 0 2.5em; } .columns > * { min-width: 0; } section { flex: 1 1 19em; }
 li { white-space: pre-wrap; font: 13px/1.6 ui-monospace, monospace; }
