@@ -941,7 +941,8 @@ def fit_exponentials(terms, loss, seed=0):
             best = theta, r, J
     theta, r, J = best
     rss, spare = float(r @ r), len(y) - len(theta)
-    errors = np.sqrt(np.diag(np.linalg.pinv(J.T @ J)) * rss / spare) if spare > 0 else np.full(len(theta), np.nan)
+    with np.errstate(invalid="ignore"):  # nan for a parameter that the runs do not determine
+        errors = np.sqrt(np.diag(np.linalg.pinv(J.T @ J)) * rss / spare) if spare > 0 else np.full(len(theta), np.nan)
     size = np.sqrt((J * J).sum(0))
     errors[size < 1e-9 * size.max()] = np.nan  # a term that has vanished: the loss says nothing about its parameters
     return theta, errors, 1 - rss / max(float(((y - y.mean()) ** 2).sum()), 1e-300), rss

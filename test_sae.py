@@ -1118,6 +1118,11 @@ def acts_dir(tmp_path_factory, model_file, text_file):
     return out
 
 
+def test_no_document_dominates_the_embedded_text():
+    sizes = [len(doc) for doc in harvest.documents("stdlib")]
+    assert len(sizes) > 300 and max(sizes) < 0.05 * sum(sizes)
+
+
 def test_embedded_model(model_file):
     saved = torch.load(model_file, weights_only=True)
     assert [p["flops"] for p in saved["curve"]] == sorted({p["flops"] for p in saved["curve"]})
