@@ -1,30 +1,17 @@
 """
 evals.py: an autoencoder -> every metric of the paper, as a table and as JSON.
 
-    python evals.py runs/n32768_k32                     # a run of sae.py; reads the activations it was trained on
-    python evals.py runs/n32768_k32 --all               # the slower metrics too (minutes); or --only probes,refinement
+    python evals.py runs/n32768_k32                     # a run of sae.py, on what it was trained on
+    python evals.py runs/n32768_k32 --all               # the slow ones too; or --only probes
     python evals.py 8.pt --model gpt2 --layer 8 --all   # one of OpenAI's released autoencoders
     python evals.py --fit runs/*                        # scaling laws through many runs
-    python evals.py runs/n32768_k32 --report            # report.html: metrics and every latent, in a browser
+    python evals.py runs/n32768_k32 --report            # report.html: all latents, in a browser
 
-One function a metric. Each takes an SAE and plain tensors or a model, and returns a dict of numbers; a key ending in `_se`
-is the standard error of the number before it. Losses are in nats per token. Results are kept as they come: a second call
-computes only what is missing.
-
-    reconstruction              NMSE, L0                                                  section 2.1
-    memorization                the same on training text                                 appendix
-    density, dense_latents      how often latents fire; what the densest ones follow      appendix
-    positions                   NMSE and norm by position in the context                  appendix
-    downstream                  cross-entropy, ΔCE, KL, loss recovered, compute           section 4.1
-    probes                      can one latent tell a known feature?                      section 4.2
-    n2g                         precision and recall of n-gram explanations               section 4.3
-    explanation_reconstruction  downstream loss of the explanations themselves            section 4.4
-    ablation_sparsity           how many logits does one latent move?                     section 4.5
-    refinement                  are activations shrunk?                                   section 5.1
-    test_time_k                 other k than the one trained with                         section 5.3
-    fixed_threshold             a threshold in place of TopK                              section 5.3
-    fit_scaling_law             L(n, k), L(N), L(C)                                       section 3
-    report                      all of it as one page, and what each latent fires on      (the authors' visualizer)
+One function a metric, with its call and its rows of the table in `@metric` above it. Each takes an
+SAE and plain tensors or a place in a language model, always in the order sae, site, tokens, and
+returns a dict of numbers; a key ending in `_se` is the standard error of the number before it.
+Losses are in nats per token. Results are kept as they come: a second call computes only what is
+missing. Sections are those of the paper; reconstruction to downstream are quick, the others not.
 """
 
 import argparse
@@ -35,6 +22,9 @@ import sys
 import time
 from array import array
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,15 +33,68 @@ import torch.nn.functional as F
 
 import harvest
 from harvest import SITES, Progress, UserError
-from sae import SAE, keep_heap, load_file, normalize
+from sae import Sparse, keep_heap, load_file
 
 CHUNK = 8192  # tokens encoded at a time
+METRICS = {}  # name -> what `@metric` says, in the order in which they run
+PLACE = ("model", "layer", "site", "text")  # what tells activations from others
 
 
-def unit(sae, x):
-    """Raw activations (N, d) as the autoencoder sees them: normalised, unless it was released for raw inputs."""
-    x = x.to(sae.W_dec.device, sae.W_dec.dtype)
-    return normalize(x)[0] if sae.normalized else x
+@dataclass
+class metric:
+    """Above a function: makes it a metric of table, JSON and page. It stays a plain function."""
+
+    compute: Callable  # Case -> the function's result, a dict
+    rows: list = ()  # of the table: key in the result, label, unit, key of the sample's size
+    quick: bool = False  # computed without --all
+    depends: tuple = ()  # what of the Case, beside its sizes, the result depends on
+    notes: Callable = lambda result: []  # -> further lines of the table
+    page: Callable = lambda result: {}  # -> further parts of the report
+
+    def __call__(self, function):
+        METRICS[function.__name__] = self
+        return function
+
+
+class Site:
+    """A place in a language model: the activation `name`, one of SITES, of block `layer`."""
+
+    def __init__(self, model, layer, name):
+        self.model, self.layer, self.name = model, layer, name
+        self.n_vocab, self.device = model.config.n_vocab, model.device
+
+    def acts(self, tokens, batch=256):
+        """tokens (C, T) -> activations (C, T, d) float32, `batch` contexts at a time."""
+        return harvest.activations(self.model, tokens, self.layer, self.name, batch)
+
+    def logits(self, tokens, edit=None):
+        """tokens (B, T) -> logits (B, T, V), where given with the activation edit(it) (B, T, d)."""
+        place = () if edit is None else (self.layer, self.name, edit)
+        return self.model(tokens, *place)
+
+
+@torch.no_grad()
+def codes(sae, x, code=None):
+    """Raw x (..., d) -> yields (u (B, d), values, indices), B <= CHUNK. code: for sae.encode."""
+    for chunk in x.flatten(0, -2).split(CHUNK):
+        u = sae.unit(chunk)[0]
+        yield u, *(code or sae.encode)(u)
+
+
+def reconstructed(sae, x, code):
+    """Raw x (..., d) -> its reconstruction (..., d) from another code than sae.encode."""
+    u, mean, norm = sae.unit(x.reshape(-1, sae.d_model))
+    return (sae.decode(*code(u)) * norm + mean).view(x.shape).to(x.dtype)
+
+
+def chunks(n, size, label, unit):
+    """The slices of n things, `size` at a time, with a line of progress."""
+    progress = Progress(n, label, unit)
+    for start in range(0, n, size):
+        end = min(start + size, n)
+        yield slice(start, end)
+        progress(end)
+    progress.finish()
 
 
 def standard_error(samples):
@@ -59,127 +102,157 @@ def standard_error(samples):
     return (samples.std() / math.sqrt(len(samples))).item() if len(samples) > 1 else math.nan
 
 
-def mean_and_error(name, samples):
-    """{name: mean, name_se: its standard error} of samples (N)."""
-    samples = torch.as_tensor(samples, dtype=torch.float64)
-    return {name: samples.mean().item(), name + "_se": standard_error(samples)}
+def means(**samples):
+    """{name: samples (N)} -> {name: their mean, name_se: its standard error}."""
+    out = {}
+    for name, v in samples.items():
+        v = torch.as_tensor(v, dtype=torch.float64)
+        out |= {name: v.mean().item(), name + "_se": standard_error(v)}
+    return out
+
+
+def pick(result, *keys):
+    """Those entries of a dict."""
+    return {key: result[key] for key in keys}
 
 
 # --------------------------------------------------------------------------------------------------
-# Reconstruction, section 2.1; density, positions and memorisation, appendix.
+# Reconstruction, section 2.1; memorisation, density and positions, appendix.
 
 
 @torch.no_grad()
 def squared_errors(sae, x, code=None):
-    """Raw activations x (contexts, T, d) -> per token: squared error (contexts, T) and norm of the reconstruction over the
-    input's, both normalised; number of active latents; and the squared error of always predicting the mean activation, averaged."""
-    errors, ratios, active, total, square = [], [], [], 0.0, 0.0
-    for chunk in x.flatten(0, 1).split(CHUNK):
-        u = unit(sae, chunk)
-        values, indices = (code or sae.encode)(u)
+    """Raw x (..., d) -> (...) each: squared error, norm of û over that of u, active latents."""
+    parts = []
+    for u, values, indices in codes(sae, x, code):
         u_hat = sae.decode(values, indices)
-        errors.append((u - u_hat).square().sum(1).double())
-        ratios.append((u_hat.norm(dim=1) / u.norm(dim=1).clamp_min(1e-30)).double())
-        active.append((values > 0).sum(1).double())
-        total, square = total + u.sum(0).double(), square + u.square().sum().double()
-    N = x.shape[0] * x.shape[1]
-    variance = (square / N - (total / N).square().sum()).clamp_min(1e-30)
-    return *(torch.cat(part).view(x.shape[:2]) for part in (errors, ratios, active)), variance
-
-
-def reconstruction(sae, x, code=None):
-    """Raw activations x (N, d) or (contexts, T, d) -> nmse (squared error over that of always predicting their mean, both normalised),
-    l0 (mean count of active latents), norm_ratio (mean norm of the reconstruction over that of the input).
-
-    code: a function u -> (values, indices) in place of sae.encode. The standard errors are over the first dimension: tokens of
-    one context are not independent.
-    """
-    errors, ratios, active, variance = squared_errors(sae, x if x.ndim == 3 else x[:, None], code)
-    per = {"nmse": errors / variance, "l0": active, "norm_ratio": ratios}
-    out = {}
-    for name, v in per.items():
-        out |= mean_and_error(name, v.mean(1))
-    return out | {"tokens": errors.numel()}
-
-
-def memorization(sae, train, held_out):
-    """NMSE on training activations against held-out ones, each (contexts, T, d): a gap that grows with n is memorisation."""
-    a, b = reconstruction(sae, train), reconstruction(sae, held_out)
-    gap = {"gap": b["nmse"] - a["nmse"], "gap_se": math.hypot(a["nmse_se"], b["nmse_se"])}
-    return {"nmse_train": a["nmse"], "nmse_train_se": a["nmse_se"]} | gap | {"tokens": a["tokens"]}
+        error = (u - u_hat).square().sum(1)
+        ratio = u_hat.norm(dim=1) / u.norm(dim=1).clamp_min(1e-30)
+        parts.append((error, ratio, (values > 0).sum(1)))
+    return [torch.cat(part).double().view(x.shape[:-1]) for part in zip(*parts)]
 
 
 @torch.no_grad()
+def variance(sae, x):
+    """Of raw x (..., d), normalised: the squared error of always predicting the mean."""
+    x = x.flatten(0, -2)
+    total, square = 0.0, 0.0
+    for chunk in x.split(CHUNK):
+        u = sae.unit(chunk)[0]
+        total = total + u.sum(0).double()
+        square = square + u.square().sum().double()
+    return (square / len(x) - (total / len(x)).square().sum()).clamp_min(1e-30)
+
+
+@metric(lambda c: reconstruction(c.sae, c.val), quick=True, rows=[
+    ("nmse", "NMSE, held-out", "", "tokens"),
+    ("l0", "L0", "latents/token", "tokens"),
+    ("norm_ratio", "norm of reconstruction / input", "", "tokens")])  # fmt: skip
+def reconstruction(sae, x, code=None):
+    """Raw activations x (N, d) or (contexts, T, d) -> nmse (squared error over that of always
+    predicting the mean, both normalised), l0 (mean count of active latents), norm_ratio (mean norm
+    of the reconstruction over the input's). Standard errors are over the first dimension: tokens of
+    one context are not independent. code: a function u -> (values, indices) in place of
+    sae.encode."""
+    x = x.reshape(len(x), -1, sae.d_model)
+    errors, ratios, active = squared_errors(sae, x, code)
+    nmse = errors / variance(sae, x)
+    out = means(nmse=nmse.mean(1), l0=active.mean(1), norm_ratio=ratios.mean(1))
+    return out | {"tokens": errors.numel()}
+
+
+@metric(lambda c: memorization(c.sae, c.trained_on, c.val), quick=True, rows=[
+    ("nmse_train", "NMSE, training text", "", "tokens"),
+    ("gap", "held-out less training NMSE", "", "tokens")])  # fmt: skip
+def memorization(sae, train, held_out):
+    """NMSE on training against held-out x, (contexts, T, d) each: a gap that grows with n."""
+    a, b = reconstruction(sae, train), reconstruction(sae, held_out)
+    out = {"nmse_train": a["nmse"], "nmse_train_se": a["nmse_se"], "tokens": a["tokens"]}
+    error = math.hypot(a["nmse_se"], b["nmse_se"])
+    return out | {"gap": b["nmse"] - a["nmse"], "gap_se": error}
+
+
 def latent_sums(sae, x):
-    """Raw activations x (N, d) -> (n) each: the number of tokens each latent fires on, the sum of its activations' squares."""
+    """Raw x (..., d) -> (n) each: how many tokens a latent fires on, the sum of its z^2 there."""
     counts = torch.zeros(sae.n_latents, dtype=torch.double, device=sae.W_dec.device)
     squares = torch.zeros_like(counts)
-    for chunk in x.split(CHUNK):
-        values, indices = sae.encode(unit(sae, chunk))
+    for _, values, indices in codes(sae, x):
         counts.index_add_(0, indices.flatten(), (values > 0).flatten().double())
         squares.index_add_(0, indices.flatten(), values.square().flatten().double())
     return counts, squares
 
 
+@metric(lambda c: density(c.sae, c.val.flatten(0, 1)), quick=True,
+    page=lambda r: {"plots": pick(r, "log10_density", "log10_mean_square")}, rows=[
+    ("silent", "latents silent on held-out text", "of n", "tokens"),
+    ("rare", "latents firing on < 1e-4 of tokens", "of n", "tokens"),
+    ("densest", "densest latent", "of tokens", "tokens")])  # fmt: skip
 def density(sae, x, rare=1e-4):
-    """Fractions of latents that never fire on x (N, d), and that fire on fewer than `rare` of its tokens (the silent ones included).
-
-    log10_density and log10_mean_square: histograms over the latents that fire, of E[1(z > 0)] and of E[z^2], counts in bins of a quarter decade.
-    """
-    counts, squares = latent_sums(sae, x)
-    share, alive = counts / len(x), counts > 0
+    """Fractions of latents that never fire on x (N, d), and on fewer than `rare` of its tokens (the
+    silent ones included). log10_density, log10_mean_square: histograms over the latents that fire,
+    of E[1(z > 0)] and E[z^2], in bins of a quarter decade."""
+    share, mean_square = (sums / len(x) for sums in latent_sums(sae, x))
     edges = np.arange(-12, 4.01, 0.25)
-    histogram = lambda v: {"edges": edges.tolist(), "counts": np.histogram((v[alive] / len(x)).log10().clamp(-12, 4).cpu(), edges)[0].tolist()}
-    return {"silent": (~alive).double().mean().item(), "rare": (share < rare).double().mean().item(), "densest": share.max().item(),
-            "log10_density": histogram(counts), "log10_mean_square": histogram(squares), "tokens": len(x)}  # fmt: skip
+    out = {"silent": share == 0, "rare": share < rare}
+    out = {name: which.double().mean().item() for name, which in out.items()}
+    for name, v in (("log10_density", share), ("log10_mean_square", mean_square)):
+        counts = np.histogram(v[share > 0].log10().clamp(-12, 4).cpu(), edges)[0]
+        out[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
+    return out | {"densest": share.max().item(), "tokens": len(x)}
 
 
-@torch.no_grad()
+@metric(lambda c: dense_latents(c.sae, c.val, c.val_tokens), quick=True,
+    notes=lambda r: ["    latent {latent}: fires on {density:.1%}; correlation with position"
+                     " {position:+.2f}, first token {first_token:+.2f}, repetition"
+                     " {repetition:+.2f}".format(**row) for row in r["densest"][:5]],
+    page=lambda r: {"dense": [[*row.values()] for row in r["densest"]]})  # fmt: skip
 def dense_latents(sae, x, tokens, top=10):
-    """The `top` densest latents on x (contexts, T, d), tokens (contexts, T), and the correlation of their activation with what dense
-    latents are known to follow: the position, being first in the context, and repetition (the same token earlier in the context)."""
-    flat = x.flatten(0, 1)
-    share = latent_sums(sae, flat)[0] / len(flat)
-    latents = share.topk(min(top, sae.n_latents)).indices
-    z = []
-    for chunk in flat.split(CHUNK):
-        values, indices = sae.encode(unit(sae, chunk))
-        z.append(torch.stack([(values * (indices == i)).sum(1) for i in latents], 1))
-    z = torch.cat(z).double().cpu()  # (N, top)
+    """The `top` densest latents on x (contexts, T, d), tokens (contexts, T), and the correlation of
+    their activation with position, being first in the context, and repetition (the same token
+    earlier in the context), which dense latents are known to follow."""
     C, T = tokens.shape
-    same = (tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(2)
+    share = latent_sums(sae, x)[0] / tokens.numel()
+    latents = share.topk(min(top, sae.n_latents)).indices
+    of = lambda values, indices: [(values * (indices == i)).sum(1) for i in latents]
+    z = [torch.stack(of(*code), 1) for _, *code in codes(sae, x)]
+    z = torch.cat(z).double().cpu()  # (C T, top)
     at = torch.arange(T).expand(C, T)
-    facts = torch.stack([at, at == 0, same.cpu()], -1).flatten(0, 1).double()  # (N, 3)
-    z_, f_ = ((v - v.mean(0)) / v.std(0).clamp_min(1e-12) for v in (z, facts))
-    r = z_.T @ f_ / (len(z) - 1)
+    repeated = (tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(2).cpu()
+    facts = torch.stack([at, at == 0, repeated], -1).flatten(0, 1).double()  # (C T, 3)
+    z, facts = ((v - v.mean(0)) / v.std(0).clamp_min(1e-12) for v in (z, facts))
+    correlation = z.T @ facts / (len(z) - 1)  # (top, 3)
     names = ("latent", "density", "position", "first_token", "repetition")
-    return {"densest": [dict(zip(names, (int(i), share[i].item(), *row))) for i, row in zip(latents, r.tolist())], "tokens": len(z)}
+    rows = zip(latents.tolist(), share[latents].tolist(), *correlation.T.tolist())
+    return {"densest": [dict(zip(names, row)) for row in rows], "tokens": len(z)}
 
 
+@metric(lambda c: positions(c.sae, c.val), quick=True,
+    page=lambda r: {"plots": {"positions": pick(r, "nmse", "norm")}}, rows=[
+    ("nmse_first", "NMSE, first position", "", "contexts"),
+    ("nmse_later", "NMSE, later positions", "", "contexts"),
+    ("norm_first", "norm of the input, first position", "", "contexts"),
+    ("norm_later", "norm of the input, later positions", "", "contexts")])  # fmt: skip
 def positions(sae, x):
-    """x (contexts, T, d) -> nmse and norm, lists over the T positions, and their means at the first position and after it.
-
-    The denominator of the NMSE is the one of all positions together, so the mean of the list is the NMSE of `reconstruction`.
-    """
-    errors, _, _, variance = squared_errors(sae, x)
-    nmse, norm = errors / variance, x.to(errors.device).float().norm(dim=2).double()
+    """x (contexts, T, d) -> nmse and norm, lists over the T positions, and their means at the first
+    position and after it. The mean of the list is the NMSE of `reconstruction`."""
+    nmse = squared_errors(sae, x)[0] / variance(sae, x)
+    norm = x.to(nmse.device).float().norm(dim=2).double()
     out = {}
     for name, v in (("nmse", nmse), ("norm", norm)):
-        out |= {name: v.mean(0).tolist()} | mean_and_error(name + "_first", v[:, 0]) | mean_and_error(name + "_later", v[:, 1:].mean(1))
+        out[name] = v.mean(0).tolist()
+        out |= means(**{name + "_first": v[:, 0], name + "_later": v[:, 1:].mean(1)})
     return out | {"contexts": len(x)}
 
 
 # --------------------------------------------------------------------------------------------------
-# Downstream loss, section 4.1: what the language model loses when it must go on with the reconstruction.
+# Downstream loss, section 4.1: what the model loses when it goes on with the reconstruction.
 
 
 def compute_equivalent(curve, delta_ce):
-    """The share of the model's training compute at which its own loss was `delta_ce` nats above its final one (section 4.1).
-
-    Reads too high where the curve is of one run whose learning rate decays, as `stdlib`'s is: its loss falls fastest at the end.
-
-    curve: list of {"flops", "loss"}; interpolated in log-compute. Returns (share, how); None and the reason where the curve does not reach.
-    """
+    """The share of the model's training compute at which its own loss was `delta_ce` nats above its
+    final one (section 4.1): (share, how); None and the reason where the curve does not reach.
+    curve: list of {"flops", "loss"}; interpolated in log-compute. Reads too high where it is of one
+    run whose learning rate decays, as `stdlib`'s is: its loss falls fastest at the end."""
     if not curve:
         return None, "no loss-against-compute curve for this model"
     flops = np.array([p["flops"] for p in curve], dtype=float)
@@ -189,90 +262,186 @@ def compute_equivalent(curve, delta_ce):
         return 1.0, "loss not increased"
     if target > loss[0]:
         return None, "worse than the model at the first point of its curve"
-    return float(np.exp(np.interp(-target, -loss, np.log(flops))) / flops[-1]), f"{len(curve)} points"
+    reached = np.exp(np.interp(-target, -loss, np.log(flops)))
+    return float(reached / flops[-1]), f"{len(curve)} points"
 
 
 @torch.no_grad()
-def patched_losses(model, tokens, layer, site, edits, label="downstream"):
+def patched_losses(site, tokens, edits, label="downstream"):
     """Cross-entropy of the model on tokens (C, T), as it is and with each of `edits` in place.
-
-    edits: name -> a function on activations (B, T, d), or a tensor (C, T, d) of replacements. Returns "ce", and for each edit
-    "ce_NAME", "delta_NAME" and "kl_NAME" (original || patched), as (C): nats per token, one mean a context.
-    """
+    edits: name -> a function on activations (B, T, d), or a tensor (C, T, d) of replacements.
+    Returns "ce", and for each edit "ce_NAME", "delta_NAME" and "kl_NAME" (original || patched), as
+    (C): nats per token, one mean a context."""
     losses = defaultdict(list)
-    size = max(1, 2**24 // (model.config.n_vocab * tokens.shape[1]))
-    progress = Progress(len(tokens), label, " contexts")
-    for start in range(0, len(tokens), size):
-        chunk = tokens[start : start + size].to(model.device)
-        labels = chunk[:, 1:, None]
-        clean = F.log_softmax(model(chunk)[:, :-1], dim=-1)
-        losses["ce"].append(-clean.gather(2, labels).mean((1, 2)))
+    size = max(1, 2**24 // (site.n_vocab * tokens.shape[1]))
+    for part in chunks(len(tokens), size, label, " contexts"):
+        some = tokens[part].to(site.device)
+        following = some[:, 1:, None]
+        clean = F.log_softmax(site.logits(some)[:, :-1], dim=-1)
+        losses["ce"].append(-clean.gather(2, following).mean((1, 2)))
         for name, edit in edits.items():
-            act = edit if callable(edit) else lambda a, edit=edit: edit[start : start + size].to(a)
-            patched = F.log_softmax(model(chunk, layer, site, act)[:, :-1], dim=-1)
-            losses["ce_" + name].append(-patched.gather(2, labels).mean((1, 2)))
+            act = edit if callable(edit) else lambda a, edit=edit: edit[part].to(a)
+            patched = F.log_softmax(site.logits(some, act)[:, :-1], dim=-1)
+            losses["ce_" + name].append(-patched.gather(2, following).mean((1, 2)))
             losses["kl_" + name].append((clean.exp() * (clean - patched)).sum(-1).mean(1))
-        progress(start + len(chunk))
-    progress.finish()
     per = {name: torch.cat(parts).double().cpu() for name, parts in losses.items()}
     return per | {"delta_" + name: per["ce_" + name] - per["ce"] for name in edits}
 
 
-def downstream(sae, model, tokens, layer, site, mean=None):
-    """Replace the activation by its reconstruction at every position of tokens (C, T), run the rest of the model, and compare.
+@metric(lambda c: downstream(c.sae, c.site, c.chosen, c.val.mean((0, 1))), quick=True, rows=[
+    ("ce", "CE of the model itself", "nats/token", "tokens"),
+    ("ce_sae", "CE with the reconstruction", "nats/token", "tokens"),
+    ("delta_ce", "ΔCE", "nats/token", "tokens"),
+    ("kl", "KL(original || patched)", "nats/token", "tokens"),
+    ("ce_mean", "CE, mean ablation", "nats/token", "tokens"),
+    ("ce_zero", "CE, zero ablation", "nats/token", "tokens"),
+    ("recovered_mean", "loss recovered against mean ablation", "", "tokens"),
+    ("recovered_zero", "loss recovered against zero ablation", "", "tokens"),
+    ("compute_equivalent", "compute-equivalent", "of training", "tokens")])  # fmt: skip
+def downstream(sae, site, tokens, mean=None):
+    """Replace the activation by its reconstruction at every position of tokens (C, T), run the rest
+    of the model, and compare.
 
-    sae: an SAE, or any function from activations (B, T, d) to their replacement. mean (d): the activation for mean ablation
-    (default: the mean over `tokens`). Returns ce, ce_sae, delta_ce, kl (original || patched), ce_zero, ce_mean, recovered_zero and
-    recovered_mean ((CE_ablated - CE_sae) / (CE_ablated - CE); zero ablation flatters it), compute_equivalent (or None, with
+    sae: an SAE, or any function from activations (B, T, d) to their replacement. mean (d): the
+    activation for mean ablation (default: the mean over `tokens`). Returns ce, ce_sae, delta_ce, kl
+    (original || patched), ce_zero, ce_mean, recovered_zero and recovered_mean ((CE_ablated -
+    CE_sae) / (CE_ablated - CE); zero ablation flatters it), compute_equivalent (or None, with
     compute_equivalent_why), in nats per token. Standard errors are over contexts.
     """
     if mean is None:
-        mean = harvest.activations(model, tokens, layer, site).flatten(0, 1).mean(0)
+        mean = site.acts(tokens).flatten(0, 1).mean(0)
     edits = {"sae": sae, "zero": torch.zeros_like, "mean": lambda a: mean.to(a).expand_as(a)}
-    per = patched_losses(model, tokens, layer, site, edits)
-    out = {}
-    for name, key in (("ce", "ce"), ("ce_sae", "ce_sae"), ("delta_ce", "delta_sae"), ("kl", "kl_sae"), ("ce_zero", "ce_zero"), ("ce_mean", "ce_mean")):
-        out |= mean_and_error(name, per[key])
+    per = patched_losses(site, tokens, edits)
+    lost = per["delta_sae"]
+    shown = {name: per[name] for name in ("ce", "ce_sae", "ce_zero", "ce_mean")}
+    out = means(**shown, delta_ce=lost, kl=per["kl_sae"])
     for name in ("zero", "mean"):
-        gap, lost = per["delta_" + name], per["delta_sae"]
-        share = (lost.mean() / gap.mean()).item() if gap.any() else math.nan
-        error = standard_error(lost - share * gap) / abs(gap.mean().item()) if gap.any() else math.nan  # of a ratio of means
+        gap = per["delta_" + name]
+        share, error = math.nan, math.nan
+        if gap.any():
+            share = (lost.mean() / gap.mean()).item()
+            # of a ratio of means
+            error = standard_error(lost - share * gap) / abs(gap.mean().item())
         out |= {f"recovered_{name}": 1 - share, f"recovered_{name}_se": error}
-    value, why = compute_equivalent(model.curve, out["delta_ce"])
-    ends = [compute_equivalent(model.curve, out["delta_ce"] + s * out["delta_ce_se"])[0] for s in (-1, 1)]
-    error = abs(ends[0] - ends[1]) / 2 if None not in ends else math.nan
-    out |= {"compute_equivalent": value, "compute_equivalent_se": error, "compute_equivalent_why": why}
+    delta, error = out["delta_ce"], out["delta_ce_se"]
+    shares = [compute_equivalent(site.model.curve, delta + s * error) for s in (0, -1, 1)]
+    (share, why), (low, _), (high, _) = shares
+    error = math.nan if None in (low, high) else abs(low - high) / 2
+    out |= {"compute_equivalent": share, "compute_equivalent_se": error}
+    out["compute_equivalent_why"] = why
     return out | {"contexts": len(tokens), "tokens": len(tokens) * (tokens.shape[1] - 1)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Shrinkage, section 5.1: with decoder and support fixed, are the encoder's activations the best?
+
+
+def nnls(G, h, z0, sweeps=100):
+    """Batched non-negative least squares: argmin over z >= 0 of z'Gz / 2 - h'z, G (B, k, k)
+    positive definite, h, z0 (B, k) -> z (B, k). Block principal pivoting (Kim and Park 2011): all
+    coordinates of the wrong sign change sides at once; where that stops helping, only the last of
+    them. Rows that are not done after so many sweeps (k near or above the rank of G) go downhill
+    from z0 one coordinate at a time instead, which never ends higher than it began."""
+    B, k = h.shape
+    eye = torch.eye(k).to(h)
+    tol = 1e-10 * (1 + h.abs().amax(1, keepdim=True))
+    z = z0.clone()
+    free = h > 0
+    left = torch.arange(B, device=h.device)
+    fewest = torch.full((B,), k + 1, device=h.device)
+    patience = torch.full((B,), 3, device=h.device)
+    for _ in range(sweeps):
+        on, G_, h_ = free[left], G[left], h[left]
+        inside = torch.where(on[:, :, None] & on[:, None, :], G_, eye)
+        z_ = torch.linalg.solve(inside, (h_ * on)[:, :, None])[:, :, 0]
+        slope = (G_ @ z_[:, :, None])[:, :, 0] - h_
+        wrong = torch.where(on, z_, slope) < -tol[left]
+        count = wrong.sum(1)
+        z[left[count == 0]] = z_[count == 0].clamp_min(0)
+        patience[left] = torch.where(count < fewest[left], 3, patience[left] - 1)
+        fewest[left] = torch.minimum(count, fewest[left])
+        last = wrong & (wrong.flip(1).cumsum(1).flip(1) == 1)
+        free[left] = on ^ torch.where((patience[left] > 0)[:, None], wrong, last)
+        left = left[count > 0]
+        if not len(left):
+            return z
+    for _ in range(500):
+        for j in range(k):
+            slope = (G[left, j] * z[left]).sum(1) - h[left, j]
+            z[left, j] = (z[left, j] - slope / G[left, j, j]).clamp_min(0)
+    return z
+
+
+def refit(W, v, z, ridge):
+    """The z (B, k) >= 0 that explain v (B, d) best by rows W (B, k, d), where z > 0 before."""
+    on = z > 0
+    G = (W @ W.mT) * (on[:, :, None] & on[:, None, :]) + torch.diag_embed(ridge + (~on).double())
+    h = ((W @ v[:, :, None])[:, :, 0] + ridge * z) * on
+    return nnls(G, h, z)
+
+
+@metric(lambda c: refinement(c.sae, c.val[: c.few]), rows=[
+    ("ratio", "refined / original activations", "", "tokens"),
+    ("ratio_median", "the same, median of single ones", "", "tokens"),
+    ("nmse_refined", "NMSE after refinement", "", "tokens"),
+    ("gain", "share of the error that it removes", "", "tokens")])  # fmt: skip
+@torch.no_grad()
+def refinement(sae, x, ridge=1e-9):
+    """Refit the active values of each token of x (contexts, T, d), z >= 0, decoder and support
+    fixed, exactly. ratio: sum of the refined activations over the sum of the original ones, per
+    context (1: no shrinkage; above: shrunk); ratio_median: the median over activations of refined /
+    original; nmse and nmse_refined. The tiny ridge, towards the original values, only decides where
+    the active decoder rows are linearly dependent."""
+    parts = []
+    for some in chunks(len(x), max(1, 1024 // x.shape[1]), "refinement", " contexts"):
+        for u, values, indices in codes(sae, x[some]):
+            v = (u - sae.b_pre).double()
+            rows = max(1, 2**22 // (values.shape[1] * (values.shape[1] + sae.d_model)))
+            for v_, z, i in zip(v.split(rows), values.double().split(rows), indices.split(rows)):
+                W = sae.W_dec[i].double()  # (rows, k, d)
+                best = refit(W, v_, z, ridge)
+                error, least = ((v_ - (c[:, None] @ W)[:, 0]).square().sum(1) for c in (z, best))
+                parts.append((error, least, z.sum(1), best.sum(1), (best / z)[z > 0]))
+    *sums, ratios = (torch.cat(part) for part in zip(*parts))
+    before, after, original, refined = (v.view(x.shape[:2]).mean(1) for v in sums)
+    of_mean = variance(sae, x)
+    out = means(ratio=refined / original, nmse=before / of_mean, nmse_refined=after / of_mean)
+    out |= means(gain=(before - after) / before)
+    out |= {"ratio_median": ratios.median().item(), "ratio_mean": ratios.mean().item()}
+    return out | {"tokens": x.shape[0] * x.shape[1]}
 
 
 # --------------------------------------------------------------------------------------------------
 # Other codes of the same autoencoder, section 5.3: another k, a threshold.
 
 
-def with_code(sae, code):
-    """The function on activations that `patched_losses` wants, with `code` in place of sae.encode."""
-    return lambda a: sae(a, code)
+def other_codes(sae, site, tokens, x, encoders, label):
+    """{name: function u -> (values, indices)} -> {name: its NMSE and L0 on x, ΔCE on tokens}."""
+    edits = {str(name): partial(reconstructed, sae, code=f) for name, f in encoders.items()}
+    per = patched_losses(site, tokens, edits, label)
+    delta = lambda name: means(delta_ce=per[f"delta_{name}"]) | {"contexts": len(tokens)}
+    return {name: reconstruction(sae, x, f) | delta(name) for name, f in encoders.items()}
 
 
-def test_time_k(sae, x, model, tokens, layer, site, k=None):
-    """NMSE on x (contexts, T, d) and ΔCE on tokens (C, T) at k' = 1, 2, 4, ... 4k active latents: lists, beside `at`, the k'.
-
-    k: default sae.k; for a ReLU autoencoder give its mean L0.
-    """
+@metric(lambda c: test_time_k(c.sae, c.site, c.chosen[:256], c.val[: c.few], c.k),
+    page=lambda r: {"plots": {"test_time_k": pick(r, "at", "nmse", "delta_ce")}}, rows=[
+    ("nmse", "NMSE at k' = {}", "", "tokens"),
+    ("delta_ce", "ΔCE at k' = {}", "nats/token", "contexts")])  # fmt: skip
+def test_time_k(sae, site, tokens, x, k=None):
+    """NMSE on x (contexts, T, d) and ΔCE on tokens (C, T) at k' = 1, 2, 4, ... 4k active latents:
+    lists, beside `at`, the k'. k: default sae.k; for a ReLU autoencoder give its mean L0."""
     k = k or sae.k
-    ks = sorted({min(2**i, sae.n_latents) for i in range(int(math.log2(4 * k)) + 1)} | {k, min(4 * k, sae.n_latents)})
-    codes = {k_: lambda u, k_=k_: sae.encode(u, k_) for k_ in ks}
-    per = patched_losses(model, tokens, layer, site, {str(k_): with_code(sae, code) for k_, code in codes.items()}, "test-time k")
-    out = {"at": ks} | {key: [] for key in ("nmse", "nmse_se", "delta_ce", "delta_ce_se")}
-    for k_, code in codes.items():
-        found = reconstruction(sae, x, code) | mean_and_error("delta_ce", per[f"delta_{k_}"])
-        for key in out.keys() - {"at"}:
-            out[key].append(found[key])
-    return out | {"tokens": found["tokens"], "contexts": len(tokens)}
+    powers = [2**i for i in range(int(math.log2(4 * k)) + 1)]
+    at = sorted({min(k_, sae.n_latents) for k_ in (*powers, k, 4 * k)})
+    encoders = {k_: partial(sae.encode, k=k_) for k_ in at}
+    found = other_codes(sae, site, tokens, x, encoders, "test-time k")
+    keys = ("nmse", "nmse_se", "delta_ce", "delta_ce_se")
+    out = {"at": at} | {key: [f[key] for f in found.values()] for key in keys}
+    return out | pick(found[at[0]], "tokens", "contexts")
 
 
 def encode_above(sae, u, theta):
-    """J_θ(z) = z 1(z > θ) of u (N, d) for θ >= 0, as values, indices: as wide as the busiest row needs."""
+    """J_θ(z) = z 1(z > θ) of u (N, d), θ >= 0: values, indices as wide as any row needs."""
     width = min(4 * sae.k, sae.n_latents)
     while True:
         values, indices = sae.encode(u, width)
@@ -281,27 +450,33 @@ def encode_above(sae, u, theta):
         width = min(2 * width, sae.n_latents)
 
 
-@torch.no_grad()
-def calibrate_threshold(sae, u):
-    """θ at which the mean L0 of J_θ on u (N, d) is k: the value that k N of the N n pre-activations exceed. Exact."""
+def calibrate_threshold(sae, x):
+    """θ at which the mean L0 of J_θ on raw x (..., d) is k. Exact."""
     width = min(4 * sae.k, sae.n_latents)
     while True:
-        parts = [sae.encode(chunk, width)[0] for chunk in u.split(CHUNK)]
+        parts = [values for _, values, _ in codes(sae, x, partial(sae.encode, k=width))]
         widest = max(v.shape[1] for v in parts)  # with width = n they may differ
         values = torch.cat([F.pad(v, (0, widest - v.shape[1])) for v in parts])
-        rank = values.numel() - sae.k * len(u)
+        rank = values.numel() - sae.k * len(values)
         theta = values.flatten().kthvalue(rank).values.item() if rank > 0 else 0.0
-        if width == sae.n_latents or theta >= values.amin(1).max():  # no row had more above θ than it could show
+        if width == sae.n_latents or theta >= values.amin(1).max():  # no row was cut short
             return theta
         width = min(2 * width, sae.n_latents)
 
 
-def fixed_threshold(sae, train, x, model, tokens, layer, site):
-    """One threshold for all tokens in place of TopK, calibrated on `train`: realised L0, NMSE, ΔCE on the held-out x (both (contexts, T, d))."""
-    theta = calibrate_threshold(sae, unit(sae, train.flatten(0, 1)))
-    code = lambda u: encode_above(sae, u, theta)
-    per = patched_losses(model, tokens, layer, site, {"theta": with_code(sae, code)}, "fixed threshold")
-    return {"theta": theta} | reconstruction(sae, x, code) | mean_and_error("delta_ce", per["delta_theta"]) | {"contexts": len(tokens)}
+@metric(lambda c: fixed_threshold(c.sae, c.site, c.chosen, c.seen[: c.few], c.val), rows=[
+    ("l0", "L0 at a fixed threshold", "latents/token", "tokens"),
+    ("nmse", "NMSE at a fixed threshold", "", "tokens"),
+    ("delta_ce", "ΔCE at a fixed threshold", "nats/token", "contexts")])  # fmt: skip
+def fixed_threshold(sae, site, tokens, train, x):
+    """One threshold for all tokens in place of TopK, calibrated on `train`: realised L0 and NMSE on
+    the held-out x (both (contexts, T, d)), ΔCE on tokens (C, T). Raises UserError where k = n."""
+    if sae.k == sae.n_latents:
+        raise UserError("a ReLU autoencoder has no k to calibrate a threshold for")
+    theta = calibrate_threshold(sae, train)
+    code = partial(encode_above, sae, theta=theta)
+    found = other_codes(sae, site, tokens, x, {"theta": code}, "fixed threshold")
+    return {"theta": theta} | found["theta"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,11 +490,11 @@ def logistic_loss(t, sign):
 
 @torch.no_grad()
 def newton_logistic(z, y, steps=100, tol=1e-9):
-    """The m one-dimensional logistic regressions of y (N) in {0, 1} on the columns of z (N, m), all at once, by Newton's method.
-
-    Returns (loss (m), w (m), b (m)): mean nats, and the probe σ(w z + b) in the units of z. Within 1e-6 of the optimum; on separable
-    columns, where that is 0 at infinity, w and b are finite. Constant columns give w = 0. Raises ValueError unless y has both classes.
-    """
+    """The m one-dimensional logistic regressions of y (N) in {0, 1} on the columns of z (N, m), all
+    at once, by Newton's method. Returns (loss (m), w (m), b (m)): mean nats, and the probe σ(w z +
+    b) in the units of z. Within 1e-6 of the optimum; on separable columns, where that is 0 at
+    infinity, w and b are finite. Constant columns give w = 0. Raises ValueError unless y has both
+    classes."""
     z = z if z.dtype == torch.float64 else z.float()
     y = y.to(z)
     if not 0 < y.mean() < 1:
@@ -329,81 +504,108 @@ def newton_logistic(z, y, steps=100, tol=1e-9):
     x = z - center
     scale = x.square().mean(0).sqrt()
     constant = scale == 0
-    x = x / torch.where(constant, 1.0, scale)
-    w, b = torch.zeros_like(scale), torch.logit(y.mean()).expand_as(scale).clone()
+    scale = torch.where(constant, 1.0, scale)
+    x = x / scale
+    w = torch.zeros_like(scale)
+    b = torch.logit(y.mean()).expand_as(scale).clone()
     loss = logistic_loss(x * w + b, sign)
     for _ in range(steps):
         p = torch.sigmoid(-sign * (x * w + b))  # (N, m), the probability of being wrong
-        g, h = -sign * p, p * (1 - p)
+        g = -sign * p
+        h = p * (1 - p)
         # In coordinates centred by the weights h the 2 x 2 Hessian is diagonal.
-        c = (h * x).mean(0) / h.mean(0).clamp_min(1e-30)
+        h_b = h.mean(0).clamp_min(1e-30)
+        c = (h * x).mean(0) / h_b
         x_c = x - c
-        g_w, g_b, h_w, h_b = (g * x_c).mean(0), g.mean(0), (h * x_c.square()).mean(0), h.mean(0)
-        d_w, d_b = g_w / h_w.clamp_min(1e-30), g_b / h_b.clamp_min(1e-30)
-        d_w = torch.where(constant, 0.0, d_w)
+        h_w = (h * x_c.square()).mean(0).clamp_min(1e-30)
+        g_w, g_b = (g * x_c).mean(0), g.mean(0)
+        d_w, d_b = torch.where(constant, 0.0, g_w / h_w), g_b / h_b
         decrement = g_w * d_w + g_b * d_b  # twice the gain a quadratic would promise
         active = decrement > tol
         if not active.any():
             break
         step = active.to(z)  # halved where the loss does not fall enough
         for _ in range(40):
-            new_w, new_b = w - step * d_w, b - step * (d_b - c * d_w)
+            new_w = w - step * d_w
+            new_b = b - step * (d_b - c * d_w)
             new = logistic_loss(x * new_w + new_b, sign)
             worse = active & ~(new <= loss - 0.1 * step * decrement)
             if not worse.any():
                 break
             step = torch.where(worse, step / 2, step)
         better = new < loss
-        w, b, loss = torch.where(better, new_w, w), torch.where(better, new_b, b), torch.where(better, new, loss)
+        w = torch.where(better, new_w, w)
+        b = torch.where(better, new_b, b)
+        loss = torch.where(better, new, loss)
         if not better.any():  # down to rounding
             break
-    w = w / torch.where(constant, 1.0, scale)
+    w = w / scale
     return loss, w, b - w * center
 
 
+def best_probe(features, width, y, fit, rest):
+    """The best probe of y on `width` features (slice -> (N, m)), chosen on examples `fit`."""
+    best = {"loss": math.inf}
+    m = max(1, 2**21 // len(fit))
+    for start in range(0, width, m):
+        z = features(slice(start, start + m)).float()
+        loss, i = newton_logistic(z[fit], y[fit])[0].min(0)
+        if loss < best["loss"]:
+            held_out = newton_logistic(z[rest, i : i + 1], y[rest])[0].item()
+            best = {"loss": loss.item(), "held_out": held_out, "index": start + int(i)}
+    return best
+
+
+def probe_rows(result):
+    """Of each task: its name, held-out loss of the best latent and channel, and of the majority."""
+    held_out = lambda t: (t["latent"]["held_out"], t["channel"]["held_out"], t["majority"])
+    return [[name, *held_out(t)] for name, t in result["per_task"].items()]
+
+
+@metric(lambda c: probes(c.sae, c.tasks()), depends=("probes",),
+    notes=lambda r: ["    {:<28} latent {:.4f}  channel {:.4f}  majority {:.4f}".format(*row)
+                     for row in probe_rows(r)],
+    page=lambda r: {"tasks": probe_rows(r)}, rows=[
+    ("held_out", "probe loss, best latent, held-out half", "nats", "tasks"),
+    ("loss", "probe loss, best latent, selection half", "nats", "tasks"),
+    ("channel_held_out", "probe loss, best channel, held-out half", "nats", "tasks"),
+    ("majority", "probe loss, majority", "nats", "tasks")])  # fmt: skip
 @torch.no_grad()
 def probes(sae, tasks, seed=0):
-    """tasks: yields (name, x (N, d) raw activations, u (N, d) the same as the autoencoder sees them, y (N) in {0, 1}).
-
-    For each task the latent with the best probe (on pre-activations) is chosen on one half of the examples. Its probe loss there
-    ("loss", the paper's, optimistic as a minimum over n) and on the other half ("held_out") is reported; channels of x likewise, and
-    always predicting the share of positives ("majority"). Means over tasks, with standard errors over tasks; `per_task` has each.
-    """
+    """tasks: yields (name, x (N, d) raw activations, u (N, d) the same as the autoencoder sees
+    them, y (N) in {0, 1}). For each task the latent with the best probe (on pre-activations) is
+    chosen on one half of the examples. Its probe loss there ("loss", the paper's, optimistic as a
+    minimum over n) and on the other half ("held_out") is reported; channels of x likewise, and
+    always predicting the share of positives ("majority"). Means over tasks, with standard errors
+    over tasks; `per_task` has each. Raises UserError where there is no task."""
     per_task = {}
     for name, x, u, y in tasks:
-        gen = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(y), generator=gen)
-        order = order[y.cpu()[order].sort(stable=True).indices]  # shuffled within each class
-        fit, rest = order[::2].to(u.device), order[1::2].to(u.device)
-        result = {"examples": len(y), "positive": y.float().mean().item()}
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+        # shuffled within each class
+        order = order[y.cpu()[order].sort(stable=True).indices].to(u.device)
+        fit, rest = order[::2], order[1::2]
         v = u - sae.b_pre
-        kinds = {"latent": (sae.n_latents, lambda s: F.linear(v, sae.W_enc[s], sae.b_enc[s])), "channel": (x.shape[1], lambda s: x[:, s])}
-        for kind, (width, features) in kinds.items():
-            best, m = (math.inf,), max(1, 2**21 // len(fit))
-            for start in range(0, width, m):
-                z = features(slice(start, start + m)).float()
-                loss, i = newton_logistic(z[fit], y[fit])[0].min(0)
-                if loss < best[0]:
-                    best = loss.item(), newton_logistic(z[rest, i : i + 1], y[rest])[0].item(), start + int(i)
-            result[kind] = dict(zip(("loss", "held_out", "index"), best))
-        result["majority"] = logistic_loss(torch.logit(y[fit].float().mean()), 2 * y[rest] - 1.0).item()
-        per_task[name] = result
+        latents = lambda s: F.linear(v, sae.W_enc[s], sae.b_enc[s])
+        majority = logistic_loss(torch.logit(y[fit].float().mean()), 2 * y[rest] - 1.0)
+        result = {"examples": len(y), "positive": y.float().mean().item()}
+        result["latent"] = best_probe(latents, sae.n_latents, y, fit, rest)
+        result["channel"] = best_probe(lambda s: x[:, s], x.shape[1], y, fit, rest)
+        per_task[name] = result | {"majority": majority.item()}
     if not per_task:
         raise UserError("no probe task has enough examples here; evaluate on more --tokens")
-    out = {}
+    out = {"tasks": len(per_task), "per_task": per_task}
     for kind, prefix in (("latent", ""), ("channel", "channel_")):
         for key in ("loss", "held_out"):
-            out |= mean_and_error(prefix + key, [t[kind][key] for t in per_task.values()])
-    return out | mean_and_error("majority", [t["majority"] for t in per_task.values()]) | {"tasks": len(per_task), "per_task": per_task}
+            out |= means(**{prefix + key: [t[kind][key] for t in per_task.values()]})
+    return out | means(majority=[t["majority"] for t in per_task.values()])
 
 
 def token_labels(tokens, encoding, phrases=4):
-    """Built-in tasks on tokens (C, T): name -> labels (C, T), 1 or 0, or -1 where the task does not ask. They need no download.
-
-    Spelling of the token, its place, and `phrases` of the form "is this the second word of a frequent two-word phrase?", asked at
-    all occurrences of that word.
-    """
-    words = [encoding.decode_single_token_bytes(i).decode("utf-8", "replace") for i in range(encoding.n_vocab)]
+    """Built-in tasks on tokens (C, T): name -> labels (C, T), 1 or 0, or -1 where the task does not
+    ask. They need no download. Spelling of the token, its place, and `phrases` of the form "is this
+    the second word of a frequent two-word phrase?", asked at all occurrences of that word."""
+    bytes_of = encoding.decode_single_token_bytes
+    words = [bytes_of(i).decode("utf-8", "replace") for i in range(encoding.n_vocab)]
     bare = [w.strip() for w in words]
     spelling = {
         "leading space": [w.startswith(" ") for w in words],
@@ -415,112 +617,122 @@ def token_labels(tokens, encoding, phrases=4):
     }
     C, T = tokens.shape
     labels = {name: torch.tensor(of)[tokens].long() for name, of in spelling.items()}
-    if labels["all digits"].equal(labels["contains a digit"]):  # a vocabulary that never mixes digits with others
+    if labels["all digits"].equal(labels["contains a digit"]):  # digits are never mixed with others
         del labels["all digits"]
     labels["first half of the context"] = (torch.arange(T) < T // 2).long().expand(C, T)
     before = torch.cat([torch.full((C, 1), -1), tokens[:, :-1]], 1)
-    labels["follows a newline"] = torch.where(before >= 0, torch.tensor(["\n" in w for w in words])[before].long(), -1)
+    newline = torch.tensor(["\n" in w for w in words])[before].long()
+    labels["follows a newline"] = torch.where(before >= 0, newline, -1)
+
     alphabetic = torch.tensor([w.isalpha() and len(w) > 1 for w in bare])
     both = alphabetic[tokens] & alphabetic[before] & (before >= 0)
     pairs, counts = (before * len(words) + tokens)[both].unique(return_counts=True)
-    uses, found, total = torch.bincount(tokens[:, 1:].flatten(), minlength=len(words)), set(), counts.sum()
+    uses = torch.bincount(tokens[:, 1:].flatten(), minlength=len(words))
+    found = set()
     for i in counts.argsort(descending=True, stable=True).tolist():
         first, second = divmod(pairs[i].item(), len(words))
-        if len(found) == phrases or counts[i] * 2000 < total:
+        if len(found) == phrases or counts[i] * 2000 < counts.sum():
             break
-        if second not in found and counts[i] <= 0.8 * uses[second]:  # a word that is also met elsewhere
+        if second not in found and counts[i] <= 0.8 * uses[second]:  # also met elsewhere
             found.add(second)
             here = (tokens == second) & (before >= 0)
-            labels[f"phrase {words[first].strip()} {bare[second]}"] = torch.where(here, (before == first).long(), -1)
+            name = f"phrase {words[first].strip()} {bare[second]}"
+            labels[name] = torch.where(here, (before == first).long(), -1)
     return labels
 
 
 def token_tasks(sae, x, tokens, encoding, most=2048, least=64, seed=0):
-    """Yield for `probes` the built-in tasks on activations x (C, T, d) of tokens (C, T): as many positive as negative examples,
-    at most `most` of each; tasks with fewer than `least` of each are left out."""
+    """Yield for `probes` the built-in tasks on activations x (C, T, d) of tokens (C, T): as many
+    positive as negative examples, at most `most` of each; tasks with fewer than `least` of each are
+    left out."""
     flat = x.flatten(0, 1)
     for name, y in token_labels(tokens.cpu(), encoding).items():
+        y = y.flatten()
         gen = torch.Generator().manual_seed(seed)
-        sides = [(y.flatten() == value).nonzero().flatten() for value in (0, 1)]
+        sides = [(y == value).nonzero().flatten() for value in (0, 1)]
         size = min(most, *map(len, sides))
         if size >= least:
-            chosen = torch.cat([side[torch.randperm(len(side), generator=gen)[:size]] for side in sides])
-            some = flat[chosen.to(flat.device)].to(sae.W_dec)
-            yield name, some, unit(sae, some), y.flatten()[chosen].to(some.device)
+            picked = [side[torch.randperm(len(side), generator=gen)[:size]] for side in sides]
+            picked = torch.cat(picked)
+            some = flat[picked.to(flat.device)].to(sae.W_dec)
+            yield name, some, sae.unit(some)[0], y[picked].to(some.device)
 
 
 def read_tasks(folder):
-    """Folder of NAME.jsonl with {"text": ..., "label": 0 or 1} -> {NAME: (texts, labels)}. Raises UserError naming file and line."""
+    """Folder of NAME.jsonl -> {NAME: (texts, labels)}. Raises UserError naming file and line."""
+    form = '{"text": "...", "label": 0 or 1}'
     files = sorted(Path(folder).glob("*.jsonl"))
     if not files:
-        raise UserError(f'{folder} holds no NAME.jsonl; each line of one is {{"text": "...", "label": 0 or 1}}')
+        raise UserError(f"{folder} holds no NAME.jsonl; each line of one is {form}")
     tasks = {}
     for file in files:
-        texts, labels = [], []
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        rows = []
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            at = f"{file}, line {number}:"
             try:
                 row = json.loads(line)
-                text, label = row["text"].strip() and row["text"], row["label"]
+                text, label, empty = row["text"], row["label"], not row["text"].strip()
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f'{file}, line {number}: not {{"text": "...", "label": 0 or 1}}') from None
-            if not text or label not in (0, 1):
-                raise UserError(f"{file}, line {number}: " + ("the text is empty" if not text else f"the label is {label!r}, not 0 or 1"))
-            texts.append(text)
-            labels.append(int(label))
-        if min(labels.count(0), labels.count(1)) < 2:
-            raise UserError(f"{file}: {labels.count(0)} examples of class 0 and {labels.count(1)} of class 1; a probe needs at least two of each")
+                raise UserError(f"{at} not {form}") from None
+            if empty or label not in (0, 1):
+                why = "the text is empty" if empty else f"the label is {label!r}, not 0 or 1"
+                raise UserError(f"{at} {why}")
+            rows.append((text, int(label)))
+        texts, labels = zip(*rows) if rows else ((), ())
+        no, yes = labels.count(0), labels.count(1)
+        if min(no, yes) < 2:
+            have = f"{no} examples of class 0 and {yes} of class 1"
+            raise UserError(f"{file}: {have}; a probe needs at least two of each")
         tasks[file.stem] = texts, labels
     return tasks
 
 
 @torch.no_grad()
-def text_tasks(sae, model, encoding, tasks, layer, site, length=64, batch=256):
-    """Yield for `probes` tasks on whole texts: each text's features are means over its tokens, read in contexts of `length`.
-
-    Pre-activations are linear, so their mean over a text is the pre-activation of the mean input.
-    """
+def text_tasks(sae, site, encoding, tasks, length=64, batch=256):
+    """Yield for `probes` tasks {name: (texts, labels)}: a text's features are means over its
+    tokens, read in contexts of `length`. The mean pre-activation is the pre-activation of the mean
+    input."""
     for name, (texts, labels) in tasks.items():
-        rows = [(i, ids[j : j + length]) for i, ids in enumerate(encoding.encode_ordinary_batch(texts)) for j in range(0, len(ids), length)]
+        rows = []
+        for i, ids in enumerate(encoding.encode_ordinary_batch(texts)):
+            rows += [(i, ids[j : j + length]) for j in range(0, len(ids), length)]
         rows.sort(key=lambda row: len(row[1]))
-        x = torch.zeros(len(texts), sae.d_model, device=model.device, dtype=sae.W_dec.dtype)
-        u, count = torch.zeros_like(x), torch.zeros_like(x[:, :1])
-        progress = Progress(len(rows), f"probes {name}", " contexts")
-        for start in range(0, len(rows), batch):
-            owners, ids = zip(*rows[start : start + batch])
+        x = torch.zeros(len(texts), sae.d_model, device=site.device, dtype=sae.W_dec.dtype)
+        u = torch.zeros_like(x)
+        count = torch.zeros_like(x[:, :1])
+        for part in chunks(len(rows), batch, f"probes {name}", " contexts"):
+            owners, ids = zip(*rows[part])
             tokens, lengths = pad_right(ids)
-            acts = harvest.activations(model, tokens, layer, site).to(x)
             here = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+            acts = site.acts(tokens).to(x)[here.to(x.device)]
             owner = torch.tensor(owners).repeat_interleave(lengths).to(x.device)
-            acts = acts[here.to(x.device)]
             x.index_add_(0, owner, acts)
-            u.index_add_(0, owner, unit(sae, acts))
+            u.index_add_(0, owner, sae.unit(acts)[0])
             count.index_add_(0, owner, torch.ones_like(acts[:, :1]))
-            progress(start + len(ids))
-        progress.finish()
         yield name, x / count, u / count, torch.tensor(labels, device=x.device)
 
 
 def pad_right(sequences):
-    """Token-id sequences of various lengths -> (tokens (B, longest), lengths (B)). A causal model does not see what is on the right."""
+    """Lists of ids -> (tokens (B, longest), lengths (B)). A causal model sees no padding."""
     lengths = torch.tensor([len(s) for s in sequences])
     tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
-    tokens[torch.arange(tokens.shape[1])[None] < lengths[:, None]] = torch.tensor([t for s in sequences for t in s])
+    here = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+    tokens[here] = torch.tensor([t for s in sequences for t in s])
     return tokens, lengths
 
 
 # --------------------------------------------------------------------------------------------------
 # Explanations by Neuron2Graph (Foote et al. 2023), section 4.3.
 
-WILDCARD, START, END = -1, -2, -3  # any token; nothing before; not a token but the activation of a pattern that is complete
+WILDCARD, START, END = -1, -2, -3  # any token; nothing before; the activation of a whole pattern
 
 
 class N2G:
-    """An explanation of one latent: n-gram patterns with wildcards, in a trie read from the last token backwards.
-
-    patterns: list of (token ids, activation), where an id may be WILDCARD, and the first one START.
-    """
+    """An explanation of one latent: n-gram patterns with wildcards, in a trie read backwards.
+    patterns: list of (token ids, activation); an id may be WILDCARD, and the first one START."""
 
     def __init__(self, patterns):
         acts = defaultdict(list)
@@ -533,13 +745,13 @@ class N2G:
 
     @classmethod
     def build(cls, acts_fn, examples, pad):
-        """examples: list of (token ids, index of the activation). acts_fn: list of token-id lists -> list of lists of activations."""
-        work = {i: find_pattern(list(tokens[: at + 1]), pad) for i, (tokens, at) in enumerate(examples)}
-        found = run_together(work, lambda asked: [acts[-1] for acts in acts_fn([tokens for _, tokens in asked])])
-        return cls([pattern for pattern in found.values() if pattern])
+        """acts_fn: lists of ids -> lists of activations; examples: (ids, index of activation)."""
+        work = {i: find_pattern(list(ids[: at + 1]), pad) for i, (ids, at) in enumerate(examples)}
+        last = lambda asked: [acts[-1] for acts in acts_fn([ids for _, ids in asked])]
+        return cls([pattern for pattern in run_together(work, last).values() if pattern])
 
     def at(self, tokens, t):
-        """The activation predicted at position t: of the longest pattern that ends there, exact tokens before wildcards; else 0."""
+        """Activation predicted at position t: of the longest, most exact pattern there; else 0."""
         return next(matches(self.trie, tokens, t), 0.0)
 
     def predict(self, tokens):
@@ -548,9 +760,11 @@ class N2G:
         return [self.at(tokens, t) for t in range(len(tokens))]
 
     def readable(self, encoding):
-        """The patterns as text, strongest first: ^ for the start of the context, * for any token."""
-        show = lambda t: {WILDCARD: "*", START: "^"}.get(t) or json.dumps(encoding.decode([t]), ensure_ascii=False)
-        return [f"{' '.join(map(show, pattern))}  ({act:.3f})" for pattern, act in sorted(self.patterns, key=lambda p: -p[1])]
+        """Patterns as text, strongest first: ^ for the start of the context, * for any token."""
+        text = lambda t: json.dumps(encoding.decode([t]), ensure_ascii=False)
+        show = lambda t: {WILDCARD: "*", START: "^"}.get(t) or text(t)
+        strongest = sorted(self.patterns, key=lambda p: -p[1])
+        return [f"{' '.join(map(show, pattern))}  ({act:.3f})" for pattern, act in strongest]
 
 
 def insert(trie, pattern):
@@ -561,10 +775,9 @@ def insert(trie, pattern):
 
 
 def matches(trie, tokens, t):
-    """What stands at END of every pattern in the trie that ends at position t: the exact token before the wildcard, longer before shorter.
-
-    Unlike the released code this backtracks: where an exact token leads to a dead end, a wildcard beside it is still tried.
-    """
+    """What stands at END of every pattern in the trie that ends at position t: the exact token
+    before the wildcard, longer before shorter. Unlike the released code this backtracks: where an
+    exact token leads to a dead end, a wildcard beside it is still tried."""
     stack = [(trie, t)]
     while stack:
         node, t = stack.pop()
@@ -573,18 +786,19 @@ def matches(trie, tokens, t):
             continue
         if END in node:
             stack.append((node[END], None))
-        for key in (WILDCARD, tokens[t]) if t >= 0 else (START,):  # the last one pushed is tried first
+        for key in (WILDCARD, tokens[t]) if t >= 0 else (START,):  # the last one is tried first
             if key in node:
                 stack.append((node[key], t - 1))
 
 
 def find_pattern(tokens, pad):
-    """One example, cut after the token it fires on, as a generator: yields lists of token-id lists, is sent the latent's activation
-    on the last token of each, and returns (pattern, activation), or None where the latent turns out not to fire."""
+    """One example, cut after the token it fires on, as a generator: yields lists of token-id lists,
+    is sent the latent's activation on the last token of each, and returns (pattern, activation), or
+    None where the latent turns out not to fire."""
     (full,) = yield [tokens]
     if full <= 0:
         return None
-    # The shortest suffix with half the activation; lengths are asked for in groups: 1, 2-3, 4-7, ...
+    # The shortest suffix with half the activation; lengths are asked for in groups: 1, 2-3, 4-7 ...
     length, act, n = len(tokens), full, 1
     while n < len(tokens):
         group = range(n, min(2 * n, len(tokens)))
@@ -594,18 +808,18 @@ def find_pattern(tokens, pad):
             break
         n *= 2
     suffix = tokens[-length:]
-    # With padding before it: is it bound to the start? With padding in place of each token: does that token matter?
-    before, *without = yield [[pad, *suffix]] + [[*suffix[:j], pad, *suffix[j + 1 :]] for j in range(length)]
+    # With padding before it: is it bound to the start? In place of a token: does that one matter?
+    others = [[*suffix[:j], pad, *suffix[j + 1 :]] for j in range(length)]
+    before, *without = yield [[pad, *suffix], *others]
     # The padding token itself cannot be tested this way, so it stays.
     pattern = [WILDCARD if t != pad and 1 - a / act < 0.5 else t for t, a in zip(suffix, without)]
     return ([START] if before < 0.5 * full else []) + pattern, act
 
 
 def run_together(generators, ask):
-    """Run many generators at once, so that their questions reach the model in full batches. -> {key: what each returned}
-
-    generators: {key: generator that yields lists of questions}; ask: list of (key, question) -> list of answers.
-    """
+    """Run many generators at once, so that their questions reach the model in full batches. ->
+    {key: what each returned} generators: {key: generator that yields lists of questions}; ask: list
+    of (key, question) -> list of answers."""
     results, waiting = {}, {key: next(g) for key, g in generators.items()}
     while waiting:
         answers = iter(ask([(key, q) for key, questions in waiting.items() for q in questions]))
@@ -619,153 +833,191 @@ def run_together(generators, ask):
 
 
 @torch.no_grad()
-def last_token_acts(sae, model, layer, site, asked, batch_tokens):
-    """asked: list of ((latent, example), token ids) -> the latent's activation on each one's last token, a list of floats.
-
-    Equal questions of different latents are run through the model once.
-    """
+def last_token_acts(sae, site, asked, batch_tokens):
+    """asked: list of ((latent, example), ids) -> the latent's activation on each one's last token,
+    as a list. Equal questions of different latents are run through the model once."""
     order = sorted({tuple(tokens) for _, tokens in asked}, key=len)
     place = {tokens: i for i, tokens in enumerate(order)}
-    row, latent = torch.tensor([place[tuple(tokens)] for _, tokens in asked]), torch.tensor([key[0] for key, _ in asked])
-    row, by_row = row.sort(stable=True)
-    answers, start = torch.zeros(len(asked)), 0
+    latent = torch.tensor([key[0] for key, _ in asked])
+    row, by_row = torch.tensor([place[tuple(tokens)] for _, tokens in asked]).sort(stable=True)
+    answers = torch.zeros(len(asked))
+    start = 0
     while start < len(order):
-        count = max(1, batch_tokens // len(order[min(start + batch_tokens // len(order[start]), len(order)) - 1]))
+        most = batch_tokens // len(order[start])
+        longest = len(order[min(start + most, len(order)) - 1])
+        count = max(1, batch_tokens // longest)
         tokens, lengths = pad_right(order[start : start + count])
-        acts = harvest.activations(model, tokens, layer, site, len(tokens))
-        values, indices = (c.cpu() for c in sae.encode(unit(sae, acts[torch.arange(len(tokens)), lengths - 1])))
+        acts = site.acts(tokens, len(tokens))[torch.arange(len(tokens)), lengths - 1]
+        values, indices = (c.cpu() for c in sae.encode(sae.unit(acts)[0]))
         some = slice(*torch.searchsorted(row, torch.tensor([start, start + count])).tolist())
         for r, which in zip(row[some].split(2**16), by_row[some].split(2**16)):
-            answers[which] = (values[r - start] * (indices[r - start] == latent[which][:, None])).sum(1).float()
+            hits = indices[r - start] == latent[which][:, None]
+            answers[which] = (values[r - start] * hits).sum(1).float()
         start += count
     return answers.tolist()
 
 
-@torch.no_grad()
 def active_pairs(sae, x):
-    """Raw activations x (N, d) -> (latent, token, value), each (P), of all P pairs where a latent is active; sorted by latent, then token."""
-    parts = []
-    for start in range(0, len(x), CHUNK):
-        values, indices = sae.encode(unit(sae, x[start : start + CHUNK]))
+    """Raw x (..., d) -> all active (latent, token, value), (P) each, sorted by latent, token."""
+    parts, start = [], 0
+    for _, values, indices in codes(sae, x):
         token, j = (values > 0).nonzero(as_tuple=True)
         parts.append((indices[token, j], token + start, values[token, j]))
+        start += len(values)
     latent, token, value = (torch.cat(part).cpu() for part in zip(*parts))
     order = latent.sort(stable=True).indices
     return latent[order], token[order], value[order]
 
 
 def positives(sae, x):
-    """Raw activations x (C, T, d) -> {latent: (P) positions in the flattened C T tokens where it is active}."""
-    latent, token, _ = active_pairs(sae, x.flatten(0, 1))
+    """Raw activations x (C, T, d) -> {latent: (P) the tokens, of C T, where it is active}."""
+    latent, token, _ = active_pairs(sae, x)
     found, counts = latent.unique_consecutive(return_counts=True)
     return dict(zip(found.tolist(), token.split(counts.tolist())))
 
 
-def explain(sae, model, tokens, x, layer, site, pad, most=2048, examples=16, seed=0):
-    """N2G explanations {latent: N2G} of at most `most` latents (a seeded sample), from `examples` random tokens each fires on.
+def some_of(tokens, many, seed):
+    """A seeded choice of `many` of the tokens (P), as a list."""
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    return tokens[order[:many]].tolist()
 
-    tokens (C, T) and their activations x (C, T, d). Latents that fire on fewer tokens than that are not explained.
-    """
-    T, where, reach = tokens.shape[1], positives(sae, x), model.config.n_ctx - 1  # one place is left for the padding
+
+def explain(sae, site, tokens, x, pad, most=2048, examples=16, seed=0):
+    """N2G explanations {latent: N2G} from tokens (C, T), activations x (C, T, d): of at most `most`
+    latents (a seeded sample), each from `examples` random tokens of those it fires on."""
+    T = tokens.shape[1]
+    rows = tokens.tolist()
+    where = positives(sae, x)
     latents = [i for i, p in where.items() if len(p) >= examples]
     if len(latents) > most:
-        latents = sorted(np.random.default_rng(seed).choice(latents, most, replace=False).tolist())
-    rows, jobs = tokens.tolist(), []
-    for i in latents:
-        chosen = where[i][torch.randperm(len(where[i]), generator=torch.Generator().manual_seed(seed))[:examples]]
-        jobs += [(i, int(p)) for p in chosen]
-    patterns, block = {i: [] for i in latents}, max(16, 2**24 // T**2)  # bounds the questions in flight
-    progress = Progress(len(jobs), "n2g", " examples")
-    ask = lambda asked: last_token_acts(sae, model, layer, site, asked, 2**18 if model.device.type == "cuda" else 2**13)
-    for start in range(0, len(jobs), block):
-        some = jobs[start : start + block]
-        found = run_together({(i, p): find_pattern(rows[p // T][: p % T + 1][-reach:], pad) for i, p in some}, ask)
+        latents = np.random.default_rng(seed).choice(latents, most, replace=False).tolist()
+    reach = site.model.config.n_ctx - 1  # one place is left for the padding
+    until = lambda p: rows[p // T][: p % T + 1][-reach:]
+    jobs = [(i, p) for i in sorted(latents) for p in some_of(where[i], examples, seed)]
+    batch_tokens = 2**18 if site.device.type == "cuda" else 2**13
+    ask = lambda asked: last_token_acts(sae, site, asked, batch_tokens)
+    patterns = {i: [] for i, _ in jobs}
+    # `size` bounds the questions in flight
+    for part in chunks(len(jobs), max(16, 2**24 // T**2), "n2g", " examples"):
+        found = run_together({(i, p): find_pattern(until(p), pad) for i, p in jobs[part]}, ask)
         for (i, _), pattern in found.items():
             patterns[i] += [pattern] if pattern else []
-        progress(start + len(some))
-    progress.finish()
     return {i: N2G(p) for i, p in patterns.items()}
 
 
 def simulate(explanations, tokens):
-    """What the explanations predict on tokens (C, T) -> (latent, token, value), each (P): token numbers the flattened C T."""
+    """What explanations predict on tokens (C, T) -> (latent, token of C T, value), (P) each."""
     trie = {}  # one for all: END holds {latent: activation}
     for i, e in explanations.items():
         for pattern, act in e.patterns:
             insert(trie, pattern).setdefault(END, {})[i] = act
-    found, T = (array("q"), array("q"), array("f")), tokens.shape[1]
-    progress = Progress(len(tokens), "simulate", " contexts")
-    for c, row in enumerate(tokens.tolist()):
+    found, rows, T = (array("q"), array("q"), array("f")), tokens.tolist(), tokens.shape[1]
+    for part in chunks(len(rows), 1, "simulate", " contexts"):
+        c = part.start
         for t in range(T):
             first = {}  # the first match of each latent counts
-            for leaf in matches(trie, row, t):
+            for leaf in matches(trie, rows[c], t):
                 for i, act in leaf.items():
                     first.setdefault(i, act)
-            for column, part in zip(found, (first.keys(), [c * T + t] * len(first), first.values())):
-                column.extend(part)
-        progress(c + 1)
-    progress.finish()
+            for column, more in zip(found, (first, [c * T + t] * len(first), first.values())):
+                column.extend(more)
     latent, at, value = (torch.from_numpy(np.array(column)) for column in found)
     return latent[value > 0], at[value > 0], value[value > 0]
 
 
-def n2g(sae, explanations, tokens, x, contexts=512, examples=16, seed=0):
-    """Precision and recall of explanations on text they were not made from: tokens (C, T) with activations x (C, T, d).
+def n2g_and_samples(c):
+    """Case -> what `n2g` finds, how many latents are explained, and some explanations to read."""
+    found = c.explanations
+    result = n2g(c.sae, found, c.val_tokens, c.val, c.n_contexts)
+    some = np.random.default_rng(0).permutation(sorted(result["per_latent"]))[:5].tolist()
+    samples = {i: found[i].readable(c.encoding)[:6] for i in some}
+    unexplained = c.sae.n_latents - len(found)
+    return result | {"explained": len(found), "unexplained": unexplained, "samples": samples}
 
-    recall: of `examples` random tokens on which the latent fires, the share where its explanation predicts it. precision: of
-    all predictions in the first `contexts` contexts, the share where the latent fires. Means over latents with standard errors
-    over latents; latents that fire on too few tokens here are skipped and counted, and latents without any prediction have no precision.
-    """
-    T, where, rows = tokens.shape[1], positives(sae, x), tokens.tolist()
+
+@metric(n2g_and_samples, depends=("latents",),
+    notes=lambda r: ["    skipped, too few positives: {skipped} of {explained} explained; too few"
+                     " to explain: {unexplained} latents".format(**r)] + [
+                     f"    latent {i}: {'  '.join(text)}" for i, text in r["samples"].items()],
+    page=lambda r: {"n2g": {i: [*pick(v, "precision", "recall").values()]
+                            for i, v in r["per_latent"].items()}}, rows=[
+    ("recall", "N2G recall", "", "latents"),
+    ("precision", "N2G precision", "", "latents_with_precision")])  # fmt: skip
+def n2g(sae, explanations, tokens, x, contexts=512, examples=16, seed=0):
+    """Precision and recall of explanations on text they were not made from: tokens (C, T) with
+    activations x (C, T, d). recall: of `examples` random tokens on which the latent fires, the
+    share where its explanation predicts it. precision: of all predictions in the first `contexts`
+    contexts, the share where the latent fires. Means over latents with standard errors over
+    latents; latents that fire on too few tokens here are skipped and counted, and latents without
+    any prediction have no precision."""
+    T, rows = tokens.shape[1], tokens.tolist()
+    where = positives(sae, x)
     recall = {}
     for i, e in explanations.items():
-        if len(p := where.get(i, ())) >= examples:
-            chosen = p[torch.randperm(len(p), generator=torch.Generator().manual_seed(seed))[:examples]].tolist()
+        if len(where.get(i, ())) >= examples:
+            chosen = some_of(where[i], examples, seed)
             recall[i] = float(np.mean([e.at(rows[p // T], p % T) > 0 for p in chosen]))
     latent, token, _ = simulate({i: explanations[i] for i in recall}, tokens[:contexts])
-    truth = torch.cat([p + i * tokens.numel() for i, p in where.items()] or [torch.empty(0, dtype=torch.long)])
+    truth = [p + i * tokens.numel() for i, p in where.items()]
+    truth = torch.cat(truth or [torch.empty(0, dtype=torch.long)])
     right = torch.isin(latent * tokens.numel() + token, truth).double()
-    said = torch.zeros(sae.n_latents, dtype=torch.double).index_add_(0, latent, torch.ones_like(right))
-    hits = torch.zeros_like(said).index_add_(0, latent, right)
+    said = torch.bincount(latent, minlength=sae.n_latents)
+    hits = torch.bincount(latent, right, minlength=sae.n_latents)
     precision = {i: (hits[i] / said[i]).item() for i in recall if said[i]}
-    out = mean_and_error("precision", list(precision.values())) | mean_and_error("recall", list(recall.values()))
-    per = {i: {"recall": r, "precision": precision.get(i)} for i, r in recall.items()}
-    return out | {"latents": len(recall), "latents_with_precision": len(precision), "skipped": len(explanations) - len(recall), "per_latent": per}
+    out = means(precision=list(precision.values()), recall=list(recall.values()))
+    out |= {"latents": len(recall), "latents_with_precision": len(precision)}
+    per_latent = {i: {"recall": r, "precision": precision.get(i)} for i, r in recall.items()}
+    return out | {"skipped": len(explanations) - len(recall), "per_latent": per_latent}
 
 
 # --------------------------------------------------------------------------------------------------
-# Explanation reconstruction, section 4.4: the language model goes on with what the explanations predict.
+# Explanation reconstruction, section 4.4: the model goes on with what explanations predict.
 
 
+def prediction_scales(sae, explanations, tokens, x):
+    """E[s a] / E[s^2] (n) of predictions s and activations a on tokens (C, T), x (C, T, d)."""
+    latent, token, s = simulate(explanations, tokens)
+    active_latent, active_token, a = active_pairs(sae, x)
+    active = active_latent * tokens.numel() + active_token  # sorted
+    key = latent * tokens.numel() + token
+    at = torch.searchsorted(active, key).clamp_max(max(len(active) - 1, 0))
+    a = torch.where(active[at] == key, a[at], 0.0) if len(active) else torch.zeros_like(s)
+    sums = torch.zeros(2, sae.n_latents).index_add_(1, latent, torch.stack([s * a, s * s]))
+    return sums[0] / sums[1].clamp_min(1e-30)
+
+
+@metric(lambda c: explanation_reconstruction(c.sae, c.site, c.chosen, c.explanations,
+    c.more_tokens[: c.n_contexts], c.seen[: c.n_contexts],
+    c.train and harvest.ngram_losses(c.train.tokens, c.chosen.numpy(), c.site.n_vocab)[1]),
+    depends=("latents",),
+    notes=lambda r: ["    {explained} of {of_latents} latents explained, the others are zero"
+                     .format(**r)], rows=[
+    ("ce", "CE of the explanations", "nats/token", "tokens"),
+    ("delta_ce", "ΔCE of the explanations", "nats/token", "tokens"),
+    ("ce_without_latents", "CE with no latent at all", "nats/token", "tokens"),
+    ("bigram", "CE of a bigram model", "nats/token", "tokens")])  # fmt: skip
 @torch.no_grad()
-def explanation_reconstruction(sae, model, explanations, train_tokens, train, tokens, layer, site, bigram=None):
-    """ΔCE when each latent is replaced by its explanation's prediction s, scaled by E[s a] / E[s^2] from training text (train_tokens
-    (C, T) and activations train (C, T, d)); latents without explanation are zero. tokens (C', T): where the loss is measured.
-
-    bigram: the loss of a bigram model of the same tokens, the baseline to beat.
-    """
-    n, size = sae.n_latents, train_tokens.numel()
-    latent, token, s = simulate(explanations, train_tokens)
-    actual_latent, actual_token, a = active_pairs(sae, train.flatten(0, 1))
-    keys = actual_latent * size + actual_token  # sorted
-    key = latent * size + token
-    at = torch.searchsorted(keys, key).clamp_max(max(len(keys) - 1, 0))
-    a = torch.where(keys[at] == key, a[at], 0.0) if len(keys) else torch.zeros_like(s)
-    sums = torch.zeros(2, n).index_add_(1, latent, torch.stack([s * a, s * s]))
-    scale = sums[0] / sums[1].clamp_min(1e-30)
-
-    latent, token, s = (v.to(sae.W_dec.device) for v in simulate(explanations, tokens))
-    u_hat = sae.b_pre.detach().expand(tokens.numel(), -1).clone()
-    for l, t, v in zip(latent.split(2**16), token.split(2**16), (s * scale.to(s.device)[latent]).to(u_hat).split(2**16)):
-        u_hat.index_add_(0, t, sae.W_dec[l] * v[:, None])
-    x = harvest.activations(model, tokens, layer, site).to(u_hat)
-    _, mean, norm = normalize(x) if sae.normalized else (x, 0.0, 1.0)
-    x_hat = u_hat.view(x.shape) * norm + mean
+def explanation_reconstruction(sae, site, tokens, explanations, train_tokens, train, bigram=None):
+    """ΔCE on tokens (C', T) when each latent is replaced by its explanation's prediction s, scaled
+    by E[s a] / E[s^2] from training text (train_tokens (C, T) and activations train (C, T, d));
+    latents without explanation are zero. bigram: the loss of a bigram model of the same tokens, the
+    baseline to beat."""
+    scale = prediction_scales(sae, explanations, train_tokens, train).to(sae.W_dec.device)
+    latent, token, s = (v.to(scale.device) for v in simulate(explanations, tokens))
+    u_hat = sae.b_pre.expand(tokens.numel(), -1).clone()
+    z = (s * scale[latent]).to(u_hat)
+    for i, t, v in zip(*(c.split(2**16) for c in (latent, token, z))):
+        u_hat.index_add_(0, t, sae.W_dec[i] * v[:, None])
+    x = site.acts(tokens).to(u_hat)
+    _, mean, norm = sae.unit(x)
     nothing = (sae.b_pre * norm + mean).expand_as(x)
-    per = patched_losses(model, tokens, layer, site, {"explained": x_hat, "b_pre": nothing}, "explanations")
-    out = mean_and_error("ce", per["ce_explained"]) | mean_and_error("delta_ce", per["delta_explained"]) | mean_and_error("ce_without_latents", per["ce_b_pre"])
+    edits = {"explained": u_hat.view(x.shape) * norm + mean, "b_pre": nothing}
+    per = patched_losses(site, tokens, edits, "explanations")
+    out = means(ce=per["ce_explained"], delta_ce=per["delta_explained"])
+    out |= means(ce_without_latents=per["ce_b_pre"])
     out |= {"bigram": bigram} if bigram else {}
-    return out | {"explained": len(explanations), "of_latents": n, "tokens": len(tokens) * (tokens.shape[1] - 1)}
+    count = {"explained": len(explanations), "of_latents": sae.n_latents}
+    return out | count | {"tokens": len(tokens) * (tokens.shape[1] - 1)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -773,709 +1025,697 @@ def explanation_reconstruction(sae, model, explanations, train_tokens, train, to
 
 
 def effect_sparsity(delta):
-    """Differences of logits delta (T, V) -> (L1 / L2)^2 / (V T) after subtracting the median over V at each position: the share
-    of logits that are moved. 1/(V T) for a single one, 2/π for Gaussian noise, 1 for equal sizes. Also (..., T, V) -> (...)."""
+    """Differences of logits delta (T, V) -> (L1 / L2)^2 / (V T) after subtracting the median over V
+    at each position: the share of logits that are moved. 1/(V T) for a single one, 2/π for Gaussian
+    noise, 1 for equal sizes. Also (..., T, V) -> (...)."""
     delta = (delta - delta.median(-1, keepdim=True).values).flatten(-2)
     share = delta.abs().sum(-1).square() / delta.square().sum(-1) / delta.shape[-1]
     return share if share.ndim else share.item()
 
 
-@torch.no_grad()
-def ablation_sparsity(sae, model, tokens, layer, site, T=16, samples=64, directions=32, seed=0):
-    """How many of the next T positions' logits does ablating one thing at one position move? Means with standard errors over
-    `samples` random (context, position) of tokens (C, length).
+def take_away(place, part):
+    """An edit of (B, T, d): at position place[b], part(activations there (B, d)) is taken away."""
 
-    latents: each active latent's decoded contribution is taken from the original activation, so the reconstruction error stays.
-    channels: `directions` random coordinates are set to zero. random: the projections on so many random directions are taken away.
-    `_here`: the same of the first of the T positions alone, which tells sparsity over the vocabulary from sparsity over time.
-    """
+    def edit(a):
+        at = torch.arange(len(a), device=a.device)
+        taken = part(a[at, place]).to(a)
+        a = a.clone()
+        a[at, place] -= taken
+        return a
+
+    return edit
+
+
+def ablation_shares(site, row, at, parts):
+    """Take each of parts (P, d) away at position `at` of the context row (T): sparsity of the
+    effects from there on and there alone (P', 2), of those with any effect."""
+    clean = site.logits(row[None])[0, at:]
+    shares = [parts.new_empty(0, 2)]
+    size = max(1, 2**25 // (site.n_vocab * len(row)))
+    for some in parts.split(size) if len(parts) else ():
+        place = torch.full((len(some),), at, device=row.device)
+        edit = take_away(place, lambda a, some=some: some)
+        delta = site.logits(row.expand(len(some), -1), edit)[:, at:] - clean
+        shares.append(torch.stack([effect_sparsity(delta), effect_sparsity(delta[:, :1])], 1))
+    shares = torch.cat(shares)
+    return shares[shares.isfinite().all(1)].double()
+
+
+@metric(lambda c: ablation_sparsity(c.sae, c.site, c.chosen), rows=[
+    ("latents", "logits moved by ablating a latent", "of V T", "samples"),
+    ("channels", "the same, a channel", "of V T", "samples"),
+    ("random", "the same, a random direction", "of V T", "samples"),
+    ("latents_here", "at its own position alone, a latent", "of V", "samples"),
+    ("channels_here", "the same, a channel", "of V", "samples"),
+    ("random_here", "the same, a random direction", "of V", "samples")])  # fmt: skip
+@torch.no_grad()
+def ablation_sparsity(sae, site, tokens, T=16, samples=64, directions=32, seed=0):
+    """How many of the next T positions' logits does ablating one thing at one position move? Means
+    with standard errors over `samples` random (context, position) of tokens (C, length). latents:
+    each active latent's decoded contribution is taken from the original activation, so the
+    reconstruction error stays. channels: `directions` random coordinates are set to zero. random:
+    the projections on so many random directions are taken away. `_here`: the same of the first of
+    the T positions alone, which tells sparsity over the vocabulary from sparsity over time."""
     T = min(T, tokens.shape[1])
     rng, gen = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     found, effects = defaultdict(list), 0
-    progress = Progress(samples, "ablation", " positions")
-    for sample in range(samples):
-        row = tokens[int(rng.integers(len(tokens)))].to(model.device)
+    for _ in chunks(samples, 1, "ablation", " positions"):
+        row = tokens[int(rng.integers(len(tokens)))].to(site.device)
         at = int(rng.integers(len(row) - T + 1))
-        row = row[None, : at + T]
-        clean = model(row)[0, at:]
-        act = model.acts(row, layer, site)[0, at].to(sae.W_dec)
-        u, _, norm = normalize(act[None]) if sae.normalized else (act[None], 0.0, 1.0)
+        row = row[: at + T]
+        act = site.model.acts(row[None], site.layer, site.name)[0, at].to(sae.W_dec)
+        u, _, norm = sae.unit(act[None])
         values, indices = (c[0] for c in sae.encode(u))
-        values, indices = values[values > 0], indices[values > 0]
         some = torch.randperm(len(act), generator=gen)[:directions].to(act.device)
         lines = F.normalize(torch.randn(directions, len(act), generator=gen), dim=1).to(act)
-        parts = {"latents": sae.W_dec[indices] * values[:, None] * norm,
-                 "channels": F.one_hot(some, len(act)).to(act) * act[some, None],
-                 "random": lines * (lines @ act)[:, None]}  # fmt: skip
+        parts = {
+            "latents": (sae.W_dec[indices] * values[:, None] * norm)[values > 0],
+            "channels": F.one_hot(some, len(act)).to(act) * act[some, None],
+            "random": lines * (lines @ act)[:, None],
+        }
         for name, part in parts.items():
-            shares = []
-            for some in part.split(max(1, 2**25 // (model.config.n_vocab * row.shape[1]))) if len(part) else ():
-
-                def edit(a, some=some):
-                    return torch.cat([a[:, :at], (a[:, at] - some.to(a))[:, None], a[:, at + 1 :]], 1)
-
-                delta = model(row.expand(len(some), -1), layer, site, edit)[:, at:] - clean
-                shares.append(torch.stack([effect_sparsity(delta), effect_sparsity(delta[:, :1])], 1))
-            shares = torch.cat(shares or [part.new_empty(0, 2)])
-            shares = shares[shares.isfinite().all(1)].double()  # an effect of exactly nothing has no sparsity
-            if len(shares):
-                found[name].append(shares[:, 0].mean().item()), found[name + "_here"].append(shares[:, 1].mean().item())
+            shares = ablation_shares(site, row, at, part)
             effects += len(shares) if name == "latents" else 0
-        progress(sample + 1)
-    progress.finish()
-    out = {}
-    for name in ("latents", "channels", "random"):
-        out |= mean_and_error(name, found[name]) | mean_and_error(name + "_here", found[name + "_here"])
+            if len(shares):
+                found[name].append(shares[:, 0].mean().item())
+                found[name + "_here"].append(shares[:, 1].mean().item())
+    names = [name + where for name in parts for where in ("", "_here")]
+    out = means(**{name: found[name] for name in names})
     return out | {"samples": samples, "ablations": effects}
-
-
-# --------------------------------------------------------------------------------------------------
-# Shrinkage, section 5.1: with decoder and support fixed, do the best activations differ from those of the encoder?
-
-
-def nnls(G, h, z0, sweeps=100):
-    """Batched non-negative least squares: argmin over z >= 0 of z'Gz / 2 - h'z, G (B, k, k) positive definite, h, z0 (B, k) -> z (B, k).
-
-    Block principal pivoting (Kim and Park 2011): all coordinates of the wrong sign change sides at once; where that stops
-    helping, only the last of them. Rows that are not done after so many sweeps (k near or above the rank of G) go downhill from
-    z0 one coordinate at a time instead, which never ends higher than it began.
-    """
-    B, k = h.shape
-    eye, tol = torch.eye(k).to(h), 1e-10 * (1 + h.abs().amax(1, keepdim=True))
-    z, free, left = z0.clone(), h > 0, torch.arange(B, device=h.device)
-    fewest, patience = torch.full((B,), k + 1, device=h.device), torch.full((B,), 3, device=h.device)
-    for _ in range(sweeps):
-        on, G_, h_ = free[left], G[left], h[left]
-        z_ = torch.linalg.solve(torch.where(on[:, :, None] & on[:, None, :], G_, eye), (h_ * on)[:, :, None])[:, :, 0]
-        wrong = torch.where(on, z_, (G_ @ z_[:, :, None])[:, :, 0] - h_) < -tol[left]
-        count = wrong.sum(1)
-        z[left[count == 0]] = z_[count == 0].clamp_min(0)
-        patience[left] = torch.where(count < fewest[left], 3, patience[left] - 1)
-        fewest[left] = torch.minimum(count, fewest[left])
-        last = wrong & (wrong.flip(1).cumsum(1).flip(1) == 1)
-        free[left] = on ^ torch.where((patience[left] > 0)[:, None], wrong, last)
-        left = left[count > 0]
-        if not len(left):
-            return z
-    for _ in range(500):
-        for j in range(k):
-            z[left, j] = (z[left, j] - ((G[left, j] * z[left]).sum(1) - h[left, j]) / G[left, j, j]).clamp_min(0)
-    return z
-
-
-@torch.no_grad()
-def refinement(sae, x, ridge=1e-9):
-    """Refit the active values of each token of x (contexts, T, d), z >= 0, decoder and support fixed, exactly.
-
-    ratio: sum of the refined activations over the sum of the original ones, per context (1: no shrinkage; above: shrunk);
-    ratio_median: the median over activations of refined / original; nmse and nmse_refined. The tiny ridge, towards the original
-    values, only decides where the active decoder rows are linearly dependent.
-    """
-    before, after, original, refined, ratios, total, square = [], [], [], [], [], 0.0, 0.0
-    progress, N = Progress(len(x), "refinement", " contexts"), x.shape[0] * x.shape[1]
-    for done, context in enumerate(x.split(max(1, 1024 // x.shape[1]))):
-        u = unit(sae, context.flatten(0, 1))
-        values, indices = sae.encode(u)
-        v, z = (u - sae.b_pre).double(), values.double()
-        rows = max(1, 2**22 // (z.shape[1] * (z.shape[1] + sae.d_model)))
-        new = []
-        for v_, z_, i in zip(v.split(rows), z.split(rows), indices.split(rows)):
-            W_, on = sae.W_dec[i].double(), z_ > 0  # (rows, k, d)
-            G = (W_ @ W_.mT) * (on[:, :, None] & on[:, None, :]) + torch.diag_embed(ridge + (~on).double())
-            new.append(nnls(G, ((W_ @ v_[:, :, None])[:, :, 0] + ridge * z_) * on, z_))
-            for code, out in ((z_, before), (new[-1], after)):
-                out.append((v_ - (code[:, None] @ W_)[:, 0]).square().sum(1))
-        new = torch.cat(new)
-        original.append(z.sum(1)), refined.append(new.sum(1)), ratios.append((new / z)[z > 0])
-        total, square = total + u.sum(0).double(), square + u.square().sum().double()
-        progress(min(len(x), (done + 1) * max(1, 1024 // x.shape[1])))
-    progress.finish()
-    variance = (square / N - (total / N).square().sum()).clamp_min(1e-30)
-    before, after, original, refined = (torch.cat(v).view(x.shape[:2]).mean(1) for v in (before, after, original, refined))
-    ratios = torch.cat(ratios)
-    out = mean_and_error("ratio", refined / original) | {"ratio_median": ratios.median().item(), "ratio_mean": ratios.mean().item()}
-    out |= mean_and_error("nmse", before / variance) | mean_and_error("nmse_refined", after / variance)
-    return out | mean_and_error("gain", (before - after) / before) | {"tokens": N}
 
 
 # --------------------------------------------------------------------------------------------------
 # Scaling laws, section 3.
 
+LAW = ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")  # the parameters of L(n, k)
+BRIEF = ("path", "n_latents", "k", "tokens", "nmse")  # what is shown of a run
+
+
+def levenberg_marquardt(model, theta):
+    """Least squares from one start. model: θ (p) -> r (R), Jacobian (R, p). -> θ, r, J."""
+    damping = 1e-3
+    r, J = model(theta)
+    for _ in range(500):
+        A = J.T @ J
+        damped = A + damping * np.diag(np.diag(A) + 1e-12)
+        new = theta + np.linalg.lstsq(damped, -J.T @ r, rcond=None)[0]
+        with np.errstate(over="ignore", invalid="ignore"):
+            r_new, J_new = model(new)
+        if r_new @ r_new < r @ r:
+            gained = 1 - r_new @ r_new / (r @ r)
+            theta, r, J = new, r_new, J_new
+            damping = max(damping / 5, 1e-15)
+            if gained < 1e-12 or r @ r < 1e-28:
+                break
+        elif (damping := damping * 4) > 1e12:
+            break
+    return theta, r, J
+
 
 def fit_exponentials(terms, loss, seed=0):
-    """Least squares of ln loss (R) by ln Σ_j exp(terms[j] @ θ_j), terms[j] (R, p_j): Levenberg-Marquardt from many starts, best kept.
-
-    Returns (θ concatenated, standard errors, R² of ln loss, residual sum of squares). Standard errors are nan without spare runs.
-    """
+    """Least squares of ln loss (R) by ln Σ_j exp(terms[j] @ θ_j), terms[j] (R, p_j), best of many
+    starts. Returns (θ concatenated, standard errors, R² of ln loss, residual sum of squares).
+    Standard errors are nan without spare runs."""
     y, rng = np.log(loss), np.random.default_rng(seed)
+    cuts = np.cumsum([X.shape[1] for X in terms])[:-1]
 
     def model(theta):
         parts = np.stack([X @ t for X, t in zip(terms, np.split(theta, cuts))])  # (terms, R)
         top = parts.max(0)
         total = top + np.log(np.exp(parts - top).sum(0))
-        return total - y, np.concatenate([X * np.exp(p - total)[:, None] for X, p in zip(terms, parts)], 1)
+        slopes = [X * np.exp(p - total)[:, None] for X, p in zip(terms, parts)]
+        return total - y, np.concatenate(slopes, 1)
 
-    cuts = np.cumsum([X.shape[1] for X in terms])[:-1]
-    best = None
+    solve = lambda X, target: np.linalg.lstsq(X, target, rcond=None)[0]
+    fits = []
     for share in np.repeat([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98], 8) if len(terms) > 1 else [0.0]:
-        # A start: the first term explains 1 - share of what is left after a constant floor, the second is that floor.
+        # A start: the second term is a constant floor, the first explains what is left above it.
         floor = share * loss.min()
-        theta = [np.linalg.lstsq(terms[0], np.log(loss - floor), rcond=None)[0]]
-        theta += [np.linalg.lstsq(X, np.full(len(y), math.log(floor)), rcond=None)[0] for X in terms[1:]]
-        theta = np.concatenate(theta)
-        theta = theta + 0.1 * rng.standard_normal(len(theta)) * np.abs(theta) * (share > 0)
-        damping, (r, J) = 1e-3, model(theta)
-        for _ in range(500):
-            A = J.T @ J
-            step = np.linalg.lstsq(A + damping * np.diag(np.diag(A) + 1e-12), -J.T @ r, rcond=None)[0]
-            with np.errstate(over="ignore", invalid="ignore"):
-                r_new, J_new = model(theta + step)
-            if r_new @ r_new < r @ r:
-                gained = 1 - r_new @ r_new / (r @ r)
-                theta, r, J, damping = theta + step, r_new, J_new, max(damping / 5, 1e-15)
-                if gained < 1e-12 or r @ r < 1e-28:
-                    break
-            elif (damping := damping * 4) > 1e12:
-                break
-        if best is None or r @ r < best[1] @ best[1]:
-            best = theta, r, J
-    theta, r, J = best
+        start = [solve(terms[0], np.log(loss - floor))]
+        start += [solve(X, np.full(len(y), math.log(floor))) for X in terms[1:]]
+        start = np.concatenate(start)
+        if share:
+            start = start + 0.1 * rng.standard_normal(len(start)) * np.abs(start)
+        fits.append(levenberg_marquardt(model, start))
+    theta, r, J = min(fits, key=lambda fit: fit[1] @ fit[1])
     rss, spare = float(r @ r), len(y) - len(theta)
-    with np.errstate(invalid="ignore"):  # nan for a parameter that the runs do not determine
-        errors = np.sqrt(np.diag(np.linalg.pinv(J.T @ J)) * rss / spare) if spare > 0 else np.full(len(theta), np.nan)
+    errors = np.full(len(theta), np.nan)
+    if spare > 0:
+        with np.errstate(invalid="ignore"):  # nan for a parameter that the runs do not determine
+            errors = np.sqrt(np.diag(np.linalg.pinv(J.T @ J)) * rss / spare)
     size = np.sqrt((J * J).sum(0))
-    errors[size < 1e-9 * size.max()] = np.nan  # a term that has vanished: the loss says nothing about its parameters
+    errors[size < 1e-9 * size.max()] = np.nan  # a vanished term: the loss says nothing about it
     return theta, errors, 1 - rss / max(float(((y - y.mean()) ** 2).sum()), 1e-300), rss
 
 
-def fit_scaling_law(runs):
-    """L(n, k) = exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k) through runs: dicts with n_latents, k, nmse.
+def fit_law(names, terms, loss):
+    """A sum of exponentials fitted to loss (R): its parameters by `names`, their standard errors
+    (`_se`), `fitted`, r2 and rmse of ln loss, the same with the first term alone (`_without`), and
+    delta_aic (AICc, small-sample), the evidence for the others (positive: needed)."""
+    R = len(loss)
+    theta, errors, r2, rss = fit_exponentials(terms, loss)
+    _, _, r2_without, rss_without = fit_exponentials(terms[:1], loss)
 
-    Returns alpha beta_k beta_n gamma zeta eta, their standard errors (`_se`), `fitted` L of the runs, r2 and rmse of ln L, the same for the fit
-    without the irreducible second term (r2_without, rmse_without) and delta_aic (AICc, small-sample), the evidence for it (positive: needed; nan with fewer than 9 runs).
-    Raises UserError for fewer runs than parameters, or where n or k do not vary enough.
-    """
-    names = ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")
-    n, k, loss = (np.array([r[key] for r in runs], dtype=float) for key in ("n_latents", "k", "nmse"))
-    if len(runs) < len(names):
-        raise UserError(f"L(n, k) has {len(names)} parameters, and there are {len(runs)} runs; nothing is fitted")
-    if len(set(k)) < 2 or len(set(n)) < 3:
-        raise UserError(f"L(n, k) needs at least two k and three n; here are k {sorted(set(k))} and n {sorted(set(n))}; nothing is fitted")
-    one, lk, ln = np.ones(len(n)), np.log(k), np.log(n)
-    first, second = np.stack([one, lk, ln, lk * ln], 1), np.stack([one, lk], 1)
-    theta, errors, r2, rss = fit_exponentials([first, second], loss)
-    _, _, r2_without, rss_without = fit_exponentials([first], loss)
-    out = dict(zip(names, theta.tolist())) | {name + "_se": e for name, e in zip(names, errors.tolist())}
-    out["fitted"] = (np.exp(first @ theta[:4]) + np.exp(second @ theta[4:])).tolist()
-    R = len(runs)
-    aicc = lambda rss, p: R * math.log(max(rss, 1e-300)) + 2 * p + 2 * p * (p + 1) / (R - p - 1) if R > p + 1 else math.nan  # p counts the variance too
-    return out | {"r2": r2, "rmse": math.sqrt(rss / R), "r2_without": r2_without, "rmse_without": math.sqrt(rss_without / R),
-                  "delta_aic": aicc(rss_without, 5) - aicc(rss, 7), "runs": R}  # fmt: skip
+    def aicc(rss, p):
+        spare = R - p - 1
+        return R * math.log(max(rss, 1e-300)) + 2 * p * R / spare if spare > 0 else math.nan
+
+    cuts = np.cumsum([X.shape[1] for X in terms])
+    parts = [np.exp(X @ t) for X, t in zip(terms, np.split(theta, cuts))]
+    out = dict(zip(names, theta.tolist()))
+    out |= {name + "_se": error for name, error in zip(names, errors.tolist())}
+    out |= {"fitted": sum(parts).tolist(), "r2": r2, "rmse": math.sqrt(rss / R)}
+    out |= {"r2_without": r2_without, "rmse_without": math.sqrt(rss_without / R)}
+    # the variance is a parameter too
+    delta_aic = aicc(rss_without, cuts[0] + 1) - aicc(rss, cuts[-1] + 1)
+    return out | {"delta_aic": delta_aic, "runs": R}
+
+
+def fit_scaling_law(runs):
+    """L(n, k) = exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k) through runs: dicts
+    with n_latents, k, nmse. Returns what `fit_law` does, by the names in LAW; delta_aic is nan with
+    fewer than 9 runs. Raises UserError for fewer runs than parameters, or where n or k do not vary
+    enough."""
+    n, k, loss = (np.array([r[key] for r in runs], float) for key in ("n_latents", "k", "nmse"))
+    why = ""
+    if len(runs) < len(LAW):
+        why = f"has {len(LAW)} parameters, and there are {len(runs)} runs"
+    elif len(set(k)) < 2 or len(set(n)) < 3:
+        here = f"k {sorted(set(k))} and n {sorted(set(n))}"
+        why = f"needs at least two k and three n; here are {here}"
+    if why:
+        raise UserError(f"L(n, k) {why}; nothing is fitted")
+    one, lk, ln = np.ones(len(k)), np.log(k), np.log(n)
+    terms = [np.stack([one, lk, ln, lk * ln], 1), np.stack([one, lk], 1)]
+    return fit_law(LAW, terms, loss)
 
 
 def fit_power_law(x, loss):
-    """L = exp(a + b ln x) + exp(c): L(N) with x = n, L(C) with x = compute in FLOPs. -> a, b, floor = exp(c), errors, r2, r2_without.
+    """L = exp(a + b ln x) + exp(c): L(N) with x = n, L(C) with x = compute in FLOPs. -> a, b,
+    floor = exp(c), errors, r2, r2_without. Raises UserError for fewer points than parameters."""
+    if (points := len(set(x))) < 3:
+        there = f"3 parameters, and there are {points} points"
+        raise UserError(f"a power law with a floor has {there}; nothing is fitted")
+    one = np.ones(len(x))
+    terms = [np.stack([one, np.log(np.array(x, float))], 1), one[:, None]]
+    fit = fit_law(("a", "b", "c"), terms, np.array(loss, float))
+    floor = math.exp(fit["c"])
+    out = pick(fit, "a", "a_se", "b", "b_se") | {"floor": floor, "floor_se": floor * fit["c_se"]}
+    return out | pick(fit, "r2", "r2_without", "runs")
 
-    Raises UserError for fewer points than parameters.
-    """
-    if len(set(x)) < 3:
-        raise UserError(f"a power law with a floor has 3 parameters, and there are {len(set(x))} points; nothing is fitted")
-    one, lx, loss = np.ones(len(x)), np.log(np.array(x, dtype=float)), np.array(loss, dtype=float)
-    theta, errors, r2, rss = fit_exponentials([np.stack([one, lx], 1), one[:, None]], loss)
-    floor = math.exp(theta[2])
-    _, _, r2_without, rss_without = fit_exponentials([np.stack([one, lx], 1)], loss)
-    return {"a": theta[0], "a_se": errors[0], "b": theta[1], "b_se": errors[1], "floor": floor, "floor_se": floor * errors[2], "r2": r2, "r2_without": r2_without, "runs": len(x)}  # fmt: skip
+
+def read_lines(path):
+    """A log of JSON lines as a list of dicts; empty where there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def read_runs(paths):
-    """Run directories -> list of dicts: n_latents, k, nmse, d, where, and `curve`, (FLOPs, held-out NMSE) during training."""
+    """Run directories -> dicts: n_latents, k, nmse, where, curve [(FLOPs, held-out NMSE)]."""
     runs = []
     for path in map(Path, paths):
         if not (path / "sae.pt").exists():
             print(f"  {path}: no finished run, left out", file=sys.stderr)
             continue
         own = load_file(path / "sae.pt").get("sae", {})
-        meta, config = own.get("meta", {}), own.get("meta", {}).get("config", {})
+        meta = own.get("meta", {})
+        config = meta.get("config", {})
         score = min(meta.get("nmse", {}).values(), default=math.nan)
         if config.get("l1") or config.get("multi_topk") or not math.isfinite(score):
-            print(f"  {path}: {'has no held-out NMSE' if not math.isfinite(score) else 'not a plain TopK run'}, left out", file=sys.stderr)
+            why = "not a plain TopK run" if math.isfinite(score) else "has no held-out NMSE"
+            print(f"  {path}: {why}, left out", file=sys.stderr)
             continue
-        flops = 6 * own["d_model"] * own["n_latents"]  # a token, dense (section 7 of the paper's appendix counts so)
-        lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] if (path / "log.jsonl").exists() else []
-        curve = [(flops * line["tokens"], line["val_nmse"]) for line in lines if "val_nmse" in line]
-        where = {name: meta.get(name) for name in ("model", "layer", "site", "text")}
-        runs.append({"path": str(path), "n_latents": own["n_latents"], "k": own["k"], "nmse": score, "where": where, "curve": curve, "tokens": meta["tokens"]})
-    if any(run["where"] != runs[0]["where"] for run in runs):
-        raise UserError("these runs are of different models, layers, sites or texts; fit one kind at a time: " + "; ".join(sorted({str(r["where"]) for r in runs})))
+        flops = 6 * own["d_model"] * own["n_latents"]  # a token, dense, as the appendix counts
+        lines = [line for line in read_lines(path / "log.jsonl") if "val_nmse" in line]
+        curve = [(flops * line["tokens"], line["val_nmse"]) for line in lines]
+        run = {"path": str(path), "tokens": meta["tokens"], "nmse": score, "curve": curve}
+        where = {name: meta.get(name) for name in PLACE}
+        runs.append(run | pick(own, "n_latents", "k") | {"where": where})
+    if len(kinds := sorted({str(run["where"]) for run in runs})) > 1:
+        what = "models, layers, sites or texts; fit one kind at a time"
+        raise UserError(f"these runs are of different {what}: {'; '.join(kinds)}")
     return runs
 
 
 def fit_main(paths):
     """`--fit`: L(n, k) through all runs, then L(N) and L(C) at the k with the most n."""
     runs = read_runs(paths)
-    out = {"runs": [{key: run[key] for key in ("path", "n_latents", "k", "tokens", "nmse")} for run in runs]}
-    for run in sorted(runs, key=lambda r: (r["k"], r["n_latents"])):
-        print(f"  n {run['n_latents']:>8}  k {run['k']:>4}  {run['tokens']:>13,} tokens  NMSE {run['nmse']:.4f}")
+    out = {"runs": [pick(run, *BRIEF) for run in runs]}
     pm = lambda fit, name: f"{fit[name]:.4g} ± {fit[name + '_se']:.2g}"
+    row = "  n {n_latents:>8}  k {k:>4}  {tokens:>13,} tokens  NMSE {nmse:.4f}"
+    for run in sorted(runs, key=lambda r: (r["k"], r["n_latents"])):
+        print(row.format(**run))
     try:
         fit = out["L(n, k)"] = fit_scaling_law(runs)
-        print("L(n, k) = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)")
-        print("  " + ", ".join(f"{name} {pm(fit, name)}" for name in ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")))
-        print(f"  R² of ln L {fit['r2']:.5f}, rms error {fit['rmse']:.3%}; without the irreducible term {fit['r2_without']:.5f}, {fit['rmse_without']:.3%}; "
-              f"ΔAIC {fit['delta_aic']:.1f} in its favour; {fit['runs']} runs")  # fmt: skip
+        law = "exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)"
+        print(f"L(n, k) = {law}\n  {', '.join(f'{name} {pm(fit, name)}' for name in LAW)}")
+        without = "without the irreducible term {r2_without:.5f}, {rmse_without:.3%}"
+        aic = "ΔAIC {delta_aic:.1f} in its favour; {runs} runs"
+        print(f"  R² of ln L {{r2:.5f}}, rms error {{rmse:.3%}}; {without}; {aic}".format(**fit))
     except UserError as e:
         print(f"L(n, k): {e}")
-    k = max({r["k"] for r in runs}, key=lambda k: (len({r["n_latents"] for r in runs if r["k"] == k}), k), default=0)
-    same = [r for r in runs if r["k"] == k]
-    frontier, least = [], math.inf
-    for flops, nmse in sorted(point for r in same for point in r["curve"]):
-        if nmse < least:
-            frontier, least = [*frontier, (flops, nmse)], nmse
-    for name, points in (("L(N)", [(r["n_latents"], r["nmse"]) for r in same]), ("L(C)", frontier)):
+    sizes = lambda k: len({run["n_latents"] for run in runs if run["k"] == k})
+    k = max((run["k"] for run in runs), key=lambda k: (sizes(k), k), default=0)
+    same = [run for run in runs if run["k"] == k]
+    frontier = []
+    for flops, nmse in sorted(point for run in same for point in run["curve"]):
+        if not frontier or nmse < frontier[-1][1]:
+            frontier.append((flops, nmse))
+    of_n = [(run["n_latents"], run["nmse"]) for run in same]
+    for name, points in (("L(N)", of_n), ("L(C)", frontier)):
         try:
-            fit = out[f"{name}, k = {k}"] = fit_power_law(*zip(*points)) if points else fit_power_law((), ())
-            print(f"{name} at k = {k}: exp({pm(fit, 'a')}) x^({pm(fit, 'b')}) + {pm(fit, 'floor')}; R² {fit['r2']:.5f}, without the floor {fit['r2_without']:.5f}; {fit['runs']} points")
+            fit = fit_power_law([x for x, _ in points], [y for _, y in points])
+            out[f"{name}, k = {k}"] = fit
+            law = f"exp({pm(fit, 'a')}) x^({pm(fit, 'b')}) + {pm(fit, 'floor')}"
+            r2 = f"R² {fit['r2']:.5f}, without the floor {fit['r2_without']:.5f}"
+            print(f"{name} at k = {k}: {law}; {r2}; {fit['runs']} points")
         except UserError as e:
             print(f"{name} at k = {k}: {e}")
     return out
 
 
 # --------------------------------------------------------------------------------------------------
-# The report: one page that opens from disk, with everything known about an autoencoder and its latents.
+# The report: one page that opens from disk, with everything known about an autoencoder's latents.
 
 
 def pack(array):
-    """A numpy array as JSON: its type (u1, u2, u4, i2 or f4) and its bytes in base64."""
-    array = np.ascontiguousarray(array)
-    return {"type": array.dtype.str[1:], "data": base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()}
-
-
-def smallest(array):
-    """Non-negative integers in as few bytes as they need."""
-    most = int(array.max()) if array.size else 0
-    return np.asarray(array).astype(np.uint8 if most < 2**8 else np.uint16 if most < 2**16 else np.uint32)
+    """An array as JSON: type, base64 bytes. int64, never negative here, is cut to its need."""
+    if array.dtype == np.int64:
+        array = array.astype(np.min_scalar_type(array.max(initial=0)))
+    raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+    return {"type": array.dtype.str[1:], "data": base64.b64encode(raw).decode()}
 
 
 def top_two_ways(scores, k):
-    """scores (L, V) -> the k largest and then the k smallest of each row: indices (L, 2 k), values (L, 2 k)."""
-    up, down = scores.topk(k, dim=1), scores.topk(k, dim=1, largest=False)
-    return torch.cat([up.indices, down.indices], 1), torch.cat([up.values, down.values], 1)
+    """scores (L, V), less their mean -> indices, values (L, 2 k): the k largest, the k smallest."""
+    scores = scores - scores.mean(1, keepdim=True)
+    ways = [scores.topk(k, dim=1), scores.topk(k, dim=1, largest=False)]
+    return torch.cat([w.indices for w in ways], 1), torch.cat([w.values for w in ways], 1)
 
 
-def ranges(starts, lengths):
-    """The numbers of all ranges [start, start + length), one after the other."""
-    return np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+def ranked(group, score):
+    """Order by group, then falling score -> (order, place of each in its group), (P) each."""
+    order = np.lexsort((-score, group))
+    of = group[order]
+    return order, np.arange(len(of)) - np.searchsorted(of, of)
 
 
-@torch.no_grad()
-def report(sae, model, encoding, tokens, x, layer, site, most=0, held_out=None, examples=6, bins=12, seed=0):
-    """What the page shows of single latents, from tokens (C, T) with raw activations x (C, T, d): a dict ready for JSON.
-
-    most: at most so many of the latents that fire, a seeded sample; 0: all. held_out: so many contexts, the first, are held-out
-    text, the others training text (default: all are). For each latent: density, moments and histogram of its
-    activations, the `examples` contexts with the highest peaks and as many evenly spaced ones from there to the lowest, all
-    activations in them, the tokens that carry its activation, its direct effect on the logits (the decoder row through the final
-    norm and the unembedding), the measured one at its highest peak (its contribution there is taken away), and the nearest
-    decoder rows.
-    """
-    (C, T), ids = tokens.shape, tokens.flatten().numpy()
-    latent, token, value = (v.numpy() for v in active_pairs(sae, x.flatten(0, 1)))
+def live_pairs(sae, x, most=0, seed=0):
+    """Latents that fire on x (C, T, d), at most `most` -> their numbers (L); and of all pairs (P)
+    where they do, in order: row of the latent among them, token, activation."""
+    latent, token, value = (v.numpy() for v in active_pairs(sae, x))
     live = np.unique(latent)
+    if not len(live):
+        raise UserError("no latent fires on this text; there is nothing to show")
     if most and len(live) > most:
         live = np.sort(np.random.default_rng(seed).permutation(live)[:most])
     kept = np.isin(latent, live)
-    rank, token, value = np.searchsorted(live, latent[kept]), token[kept], value[kept].astype(np.float64)
-    if not len(live):
-        raise UserError("no latent fires on this text; there is nothing to show")
+    return live, np.searchsorted(live, latent[kept]), token[kept], value[kept].astype(np.float64)
 
-    # Moments over the tokens where a latent fires, and a histogram of them between 0 and its maximum.
-    starts = np.flatnonzero(np.diff(rank, prepend=-1))
-    counts = np.diff(starts, append=len(rank))
+
+def moments(row, value, n_tokens):
+    """Statistics (L) of each latent's activations where it fires (mean square: over all tokens)."""
+    counts = np.bincount(row)
+    starts = np.cumsum(counts) - counts
     mean = np.add.reduceat(value, starts) / counts
-    moment = lambda p: np.add.reduceat((value - mean[rank]) ** p, starts) / counts
-    spread, peak = np.sqrt(moment(2)), np.maximum.reduceat(value, starts)
-    with np.errstate(all="ignore"):
-        skew, kurtosis = (np.where(spread > 1e-9 * mean, moment(p) / spread**p, np.nan) for p in (3, 4))
-    every = np.histogram(value, 40)
-    histogram = np.bincount(rank * bins + np.minimum(bins - 1, (value / peak[rank] * bins).astype(int)), minlength=len(live) * bins)
-    stats = {"density": counts / (C * T), "mean": mean, "mean square": np.add.reduceat(value**2, starts) / (C * T), "skew": skew, "kurtosis": kurtosis, "max": peak}
-
-    # The tokens that carry most of a latent's activation.
-    pairs, where = np.unique(rank.astype(np.int64) * model.config.n_vocab + ids[token], return_inverse=True)
-    share = np.bincount(where, value) / (mean * counts)[pairs // model.config.n_vocab]
-    order = np.lexsort((-share, pairs // model.config.n_vocab))
-    of = (pairs // model.config.n_vocab)[order]
-    place = np.arange(len(of)) - np.searchsorted(of, of)
-    main, main_share = np.zeros((len(live), 5), int), np.zeros((len(live), 5))
-    best = place < 5
-    main[of[best], place[best]], main_share[of[best], place[best]] = (pairs % model.config.n_vocab)[order][best], share[order][best]
-
-    # Examples: whole contexts, the highest peaks first, then evenly spaced among the others.
-    group = np.flatnonzero(np.diff(rank * C + token // T, prepend=-1))
-    size, top = np.diff(group, append=len(rank)), np.maximum.reduceat(value, group)
-    order = np.lexsort((-top, rank[group]))
-    of = rank[group][order]
-    place, total = np.arange(len(of)) - np.searchsorted(of, of), np.bincount(of, minlength=len(live))
-    later, last = place - examples, np.maximum(total[of] - examples - 1, 1)  # evenly spaced from the first of the later ones to the last
-    some = order[(place < examples) | (later >= 0) & (later * (examples - 1) // last != (later - 1) * (examples - 1) // last)]
-    of_pairs = ranges(group[some], size[some])
-    shown = {"context": smallest(token[group[some]] // T), "pairs": smallest(size[some]), "per latent": smallest(np.bincount(rank[group[some]], minlength=len(live))),
-             "position": smallest(token[of_pairs] % T), "value": np.maximum(1, np.round(value[of_pairs] / peak[rank[of_pairs]] * 65535)).astype(np.uint16)}
-
-    # Effects on the logits, and neighbours.
-    W_dec, every_row = sae.W_dec[torch.from_numpy(live).to(sae.W_dec.device)].float(), F.normalize(sae.W_dec.float(), dim=1)
-    rows = {name: [] for name in ("direct", "direct value", "near", "near cosine", "effect", "effect value", "effect size")}
-    k = min(8, model.config.n_vocab // 2)
-    unembedding, near = model.wte.weight.float(), min(6, sae.n_latents)
-    for w in W_dec.split(1024):
-        if w.shape[1] == unembedding.shape[1] and site != "mlp_post_act":
-            logits = (w - w.mean(1, keepdim=True)) * model.ln_f.weight.float() @ unembedding.T
-            tokens_, values_ = top_two_ways(logits - logits.mean(1, keepdim=True), k)
-            rows["direct"].append(tokens_), rows["direct value"].append(values_ / values_.abs().amax(1, keepdim=True).clamp_min(1e-30))
-        cosine, at = (F.normalize(w, dim=1) @ every_row.T).topk(near, dim=1)  # itself among them
-        rows["near"].append(at), rows["near cosine"].append(cosine.clamp(-1, 1))
-    at = np.zeros(len(live), int)  # the token of each latent's highest activation
-    highest = np.lexsort((-value, rank))
-    at[rank[highest[::-1]]] = token[highest[::-1]]
-    found = measured_effects(sae, model, tokens, layer, site, live, at, peak, k)
-    rows["effect"], rows["effect value"], rows["effect size"] = ([v] for v in found)
-    joined = {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items() if parts}
-    shares = ("direct value", "near cosine")  # between -1 and 1
-    numbers = {name: np.round(32767 * a).astype(np.int16) if name in shares else smallest(a) if a.dtype.kind == "i" else a for name, a in joined.items()}
-    known = token_ids(encoding)
-    text = [encoding.decode_single_token_bytes(i).decode("utf-8", "backslashreplace") if i in known else "" for i in range(model.config.n_vocab)]
-    return {
-        "T": T, "n_live": len(live), "held_out": C if held_out is None else held_out, "normalized": sae.normalized, "bins": bins, "top": k, "near": near, "examples": examples,
-        "tokens": pack(smallest(ids)), "vocabulary": text, "latents": pack(live.astype(np.uint32)),
-        "activations": {"edges": every[1].tolist(), "counts": every[0].tolist()}, "histogram": pack(smallest(histogram)),
-        "stats": {name: pack(v.astype(np.float32)) for name, v in stats.items()},
-        "main": pack(smallest(main)), "main share": pack(np.round(255 * main_share).astype(np.uint8)),
-        "shown": {name: pack(v) for name, v in shown.items()}, "numbers": {name: pack(v) for name, v in numbers.items()},
-    }  # fmt: skip
+    moment = lambda p: np.add.reduceat((value - mean[row]) ** p, starts) / counts
+    spread = np.sqrt(moment(2))
+    square = np.add.reduceat(value**2, starts)
+    out = {"density": counts / n_tokens, "mean": mean, "mean square": square / n_tokens}
+    for name, p in (("skew", 3), ("kurtosis", 4)):
+        with np.errstate(all="ignore"):
+            out[name] = np.where(spread > 1e-9 * mean, moment(p) / spread**p, np.nan)
+    return out | {"max": np.maximum.reduceat(value, starts)}
 
 
-def token_ids(encoding):
-    """The ids that stand for bytes; a vocabulary may have gaps."""
-    return {encoding.encode_single_token(b) for b in encoding.token_byte_values()} | {encoding.eot_token}
+def main_tokens(row, ids, value, n_vocab, top=5):
+    """The tokens, of ids (P), that carry most of a latent's activation; what share: (L, top)."""
+    pairs, where = np.unique(row * n_vocab + ids, return_inverse=True)
+    of, token = np.divmod(pairs, n_vocab)
+    share = np.bincount(where, value) / np.bincount(row, value)[of]
+    order, place = ranked(of, share)
+    best, place = order[place < top], place[place < top]
+    main = np.zeros((2, row[-1] + 1, top))
+    main[:, of[best], place] = token[best], share[best]
+    return main[0].astype(int), main[1]
+
+
+def example_contexts(row, token, value, peak, T, n):
+    """For each latent the contexts of its n highest peaks, then n evenly spaced to the lowest:
+    number, how many activations; how many contexts a latent; position and value (65535: the peak)
+    of all."""
+    context = token // T
+    new = (np.diff(row, prepend=-1) != 0) | (np.diff(context, prepend=-1) != 0)
+    group = np.flatnonzero(new)
+    size = np.diff(group, append=len(row))
+    order, place = ranked(row[group], np.maximum.reduceat(value, group))
+    of = row[group][order]
+    later = place - n
+    last = np.maximum(np.bincount(of)[of] - n - 1, 1)
+    step = lambda i: i * (n - 1) // last
+    some = order[(place < n) | (later >= 0) & (step(later) != step(later - 1))]
+    first, size = group[some], size[some]
+    pairs = np.repeat(first - np.cumsum(size) + size, size) + np.arange(size.sum())
+    shown = np.maximum(1, np.round(value[pairs] / peak[row[pairs]] * 65535))
+    out = {"context": context[first], "pairs": size, "per latent": np.bincount(row[first])}
+    return out | {"position": token[pairs] % T, "value": shown.astype(np.uint16)}
+
+
+def decoder_rows(sae, site, live, k, near):
+    """Of latents live (L): direct effect on the logits over its largest, and nearest rows."""
+    parts = defaultdict(list)
+    every = F.normalize(sae.W_dec.float(), dim=1)
+    unembedding = site.model.wte.weight.float()
+    for w in sae.W_dec[torch.from_numpy(live).to(every.device)].float().split(1024):
+        if w.shape[1] == unembedding.shape[1] and site.name != "mlp_post_act":
+            out = (w - w.mean(1, keepdim=True)) * site.model.ln_f.weight.float()
+            tokens, values = top_two_ways(out @ unembedding.T, k)
+            parts["direct"].append(tokens)
+            largest = values.abs().amax(1, keepdim=True).clamp_min(1e-30)
+            parts["direct value"].append(values / largest)
+        cosine, latents = (F.normalize(w, dim=1) @ every.T).topk(near, dim=1)
+        parts["near"].append(latents)
+        parts["near cosine"].append(cosine.clamp(-1, 1))
+    out = {name: torch.cat(part).cpu().numpy() for name, part in parts.items()}
+    for name in {"direct value", "near cosine"} & out.keys():  # between -1 and 1
+        out[name] = np.round(32767 * out[name]).astype(np.int16)
+    return out
 
 
 @torch.no_grad()
-def measured_effects(sae, model, tokens, layer, site, latents, at, values, k):
-    """Take each latent's contribution away where it is highest: `at` (L), a place in the flattened tokens (C, T), its `values` (L) there.
-
-    -> tokens (L, 2 k) whose logits, against the mean over the vocabulary, it raises and lowers most; by how much, in nats; and (L, 2): what its
-    absence adds to the loss of the next token (nan at the end of a context), and KL(with || without) there, in nats.
-    """
-    T, device, out = tokens.shape[1], model.device, []
-    batch = max(1, min(256, 2**28 // (model.config.n_vocab * T)))  # 1 GB of logits
-    order = np.argsort(at % T, kind="stable")  # contexts are cut after the place, so equal lengths run together
-    progress = Progress(len(order), "ablation", " latents")
-    for start in range(0, len(order), batch):
-        some = order[start : start + batch]
-        place = torch.from_numpy(at[some] % T).to(device)
-        rows, every = tokens[at[some] // T].to(device), torch.arange(len(some), device=device)
-        following = rows.gather(1, (place + 1).clamp(max=T - 1)[:, None])[:, 0]
+def measured_effects(sae, site, tokens, latents, at, values, k):
+    """Take each latent's contribution away where it is highest: `at` (L), a place in the flat
+    tokens (C, T), `values` (L) there. -> tokens (L, 2 k) whose logits, against their mean, it
+    raises and lowers most; by how much, in nats; and (L, 2): the loss of the next token without it
+    (nan at the end of a context), less that with it, and KL(with || without)."""
+    T = tokens.shape[1]
+    found = []
+    batch = max(1, min(256, 2**28 // (site.n_vocab * T)))  # 1 GB of logits
+    order = np.argsort(at % T, kind="stable")  # contexts are cut after the place: alike in length
+    for part in chunks(len(order), batch, "ablation", " latents"):
+        some = order[part]
+        place = torch.from_numpy(at[some] % T).to(site.device)
+        every = torch.arange(len(some), device=site.device)
+        rows = tokens[at[some] // T].to(site.device)
+        following = rows[every, (place + 1).clamp(max=T - 1)]
         rows = rows[:, : int(place.max()) + 1]
-        taken = torch.from_numpy(values[some, None]).to(sae.W_dec) * sae.W_dec[torch.from_numpy(latents[some]).to(device)]
-
-        def edit(a):
-            norm = normalize(a[every, place].to(taken))[2] if sae.normalized else 1.0
-            a = a.clone()
-            a[every, place] -= (taken * norm).to(a)
-            return a
-
-        clean, without = (model(rows, *args)[every, place].float().log_softmax(1) for args in ((), (layer, site, edit)))
+        row = sae.W_dec[torch.from_numpy(latents[some]).to(site.device)]
+        taken = torch.from_numpy(values[some, None]).to(row) * row
+        edit = take_away(place, lambda a, taken=taken: taken * sae.unit(a)[2])
+        logits = (site.logits(rows, e)[every, place].float() for e in (None, edit))
+        clean, without = (v.log_softmax(1) for v in logits)
         change = clean - without
-        loss = torch.where(place < T - 1, change.gather(1, following[:, None])[:, 0], math.nan)
+        loss = torch.where(place < T - 1, change[every, following], math.nan)
         kl = (clean.exp() * change).sum(1).clamp_min(0)
-        out.append((*top_two_ways(change - change.mean(1, keepdim=True), k), torch.stack([loss, kl], 1)))
-        progress(start + len(some))
-    progress.finish()
+        found.append((*top_two_ways(change, k), torch.stack([loss, kl], 1)))
     back = torch.from_numpy(np.argsort(order))
-    return tuple(torch.cat(part).cpu()[back] for part in zip(*out))
+    names = ("effect", "effect value", "effect size")
+    return {n: torch.cat(v).cpu()[back].numpy() for n, v in zip(names, zip(*found))}
+
+
+def vocabulary(encoding, n):
+    """The text of ids below n; empty where the encoding has a gap."""
+    known = {encoding.encode_single_token(b) for b in encoding.token_byte_values()}
+    known.add(encoding.eot_token)
+    text = lambda i: encoding.decode_single_token_bytes(i).decode("utf-8", "backslashreplace")
+    return [text(i) if i in known else "" for i in range(n)]
+
+
+@torch.no_grad()
+def report(sae, site, tokens, x, encoding, most=0, held_out=None, examples=6, bins=12, seed=0):
+    """What the page shows of single latents, from tokens (C, T) with raw activations x (C, T, d),
+    as a dict ready for JSON: density, moments and histogram of its activations; `examples` contexts
+    with the highest peaks and as many evenly spaced to the lowest; the tokens that carry its
+    activation; its direct effect on the logits (decoder row through the final norm and the
+    unembedding) and the measured one where it is highest; the nearest decoder rows. most: at most
+    so many latents, a seeded sample; 0: all that fire. held_out: so many contexts, the first, are
+    held-out text, the others training text (default: all are)."""
+    C, T = tokens.shape
+    ids = tokens.flatten().numpy()
+    live, row, token, value = live_pairs(sae, x, most, seed)
+    stats = moments(row, value, C * T)
+    peak = stats["max"]
+    counts, edges = np.histogram(value, 40)
+    bin_of = np.minimum(bins - 1, (value / peak[row] * bins).astype(int))
+    main, share = main_tokens(row, ids[token], value, site.n_vocab)
+    order, place = ranked(row, value)
+    highest = token[order[place == 0]]
+    k, near = min(8, site.n_vocab // 2), min(6, sae.n_latents)
+    numbers = decoder_rows(sae, site, live, k, near)
+    numbers |= measured_effects(sae, site, tokens, live, highest, peak, k)
+    page = {"T": T, "n_live": len(live), "held_out": C if held_out is None else held_out}
+    page |= {"normalized": sae.normalized, "bins": bins, "top": k, "near": near}
+    page |= {"examples": examples, "tokens": pack(ids)}
+    page |= {"vocabulary": vocabulary(encoding, site.n_vocab)}
+    page |= {"latents": pack(live.astype(np.uint32))}
+    page |= {"activations": {"edges": edges.tolist(), "counts": counts.tolist()}}
+    page |= {"histogram": pack(np.bincount(row * bins + bin_of, minlength=len(live) * bins))}
+    page |= {"stats": {name: pack(v.astype(np.float32)) for name, v in stats.items()}}
+    page |= {"main": pack(main), "main share": pack(np.round(255 * share).astype(np.uint8))}
+    shown = example_contexts(row, token, value, peak, T, examples)
+    page |= {"shown": {name: pack(v) for name, v in shown.items()}}
+    return page | {"numbers": {name: pack(v) for name, v in numbers.items()}}
+
+
+def finite(v):
+    """The same JSON with null for what it cannot say."""
+    if isinstance(v, dict):
+        return {key: finite(x) for key, x in v.items()}
+    if isinstance(v, (list, tuple)):
+        return [finite(x) for x in v]
+    return None if isinstance(v, float) and not math.isfinite(v) else v
 
 
 def write_report(path, page):
-    """Write the page to `path`, its data as one JSON block in which no `<` is left to be taken for a tag."""
-
-    def finite(v):
-        if isinstance(v, dict):
-            return {k: finite(x) for k, x in v.items()}
-        return [finite(x) for x in v] if isinstance(v, (list, tuple)) else None if isinstance(v, float) and not math.isfinite(v) else v
-
+    """The page as a file, its data a JSON block with no `<` that could be taken for a tag."""
     data = json.dumps(finite(page), allow_nan=False).replace("<", "\\u003c")
-    part = Path(path).with_name(Path(path).name + ".part")
-    part.write_text(PAGE.replace("/*STYLE*/", STYLE).replace("/*SCRIPT*/", SCRIPT).replace("/*DATA*/", data), encoding="utf-8")
-    part.replace(path)
+    text = PAGE.replace("/*STYLE*/", STYLE).replace("/*SCRIPT*/", SCRIPT)
+    with harvest.atomic(path) as f:
+        f.write(text.replace("/*DATA*/", data).encode())
 
 
-def make_report(path, results, page, run, runs):
-    """Everything known: the results so far, the training curves, the latents, and where several runs were given the law through them."""
-    log = Path(run) / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    metrics = [[label, value, error, unit if value is not None else why, size]
-               for metric, result in results.items() if isinstance(result, dict) for label, value, error, unit, size, why in cells(metric, result)]  # fmt: skip
-    tasks = [[name, *(t[kind]["held_out"] for kind in ("latent", "channel")), t["majority"]] for name, t in results.get("probes", {}).get("per_task", {}).items()]
-    dense = [list(row.values()) for row in results.get("dense_latents", {}).get("densest", [])]
-    plots = {name: results[metric][name] for metric, name in (("density", "log10_density"), ("density", "log10_mean_square")) if metric in results}
-    plots |= {"positions": {key: results["positions"][key] for key in ("nmse", "norm")}} if "positions" in results else {}
-    plots |= {"test_time_k": {key: results["test_time_k"][key] for key in ("at", "nmse", "delta_ce")}} if "test_time_k" in results else {}
-    overlay = []
+def make_report(case, results, runs):
+    """Everything known: results, curves, latents, the law through several runs. -> its path"""
+    tokens = torch.cat([case.val_tokens, case.more_tokens])
+    held_out = len(case.val) if case.train else None
+    x = torch.cat([case.val, case.more])
+    page = report(case.sae, case.site, tokens, x, case.encoding, case.a.latents, held_out)
+    page |= {"about": results["about"], "metrics": [], "tasks": [], "dense": [], "plots": {}}
+    lines = read_lines(Path(case.run) / "log.jsonl")
+    curves = ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")
+    page["curves"] = {name: [line.get(name) for line in lines] for name in curves}
+    page |= {"runs": [], "n2g": {}, "patterns": {}}
+    for name in [name for name in METRICS if name in results]:
+        for key, value in METRICS[name].page(results[name]).items():
+            page[key] = page[key] | value if key == "plots" else value
+    for name, result in results.items():
+        for label, value, error, unit, size, why in cells(name, result):
+            page["metrics"].append([label, value, error, why if value is None else unit, size])
     if len(runs) > 1:
         try:
-            overlay = [{key: r[key] for key in ("path", "n_latents", "k", "tokens", "nmse")} for r in read_runs(runs)]
-            overlay = [r | {"law": loss} for r, loss in zip(overlay, fit_scaling_law(overlay)["fitted"])]
+            page["runs"] = [pick(run, *BRIEF) for run in read_runs(runs)]
+            law = fit_scaling_law(page["runs"])["fitted"]
+            page["runs"] = [run | {"law": loss} for run, loss in zip(page["runs"], law)]
         except UserError as e:
             print(f"  no law through these runs: {e}", file=sys.stderr)
-    per = {i: [v["precision"], v["recall"]] for i, v in results.get("n2g", {}).get("per_latent", {}).items()}
-    kept = path.with_name(path.name.replace("report.html", "n2g.json"))
-    patterns = {i: e["readable"][:8] for i, e in json.loads(kept.read_text())["latents"].items()} if per and kept.exists() else {}
-    curves = {name: [line.get(name) for line in lines] for name in ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")}
-    write_report(path, page | {"about": results["about"], "metrics": metrics, "tasks": tasks, "dense": dense, "plots": plots, "curves": curves,
-                               "runs": overlay, "n2g": per, "patterns": patterns})  # fmt: skip
+    kept = case.beside("n2g.json")
+    if page["n2g"] and kept.exists():
+        latents = json.loads(kept.read_text())["latents"]
+        page["patterns"] = {i: e["readable"][:8] for i, e in latents.items()}
+    write_report(case.beside("report.html"), page)
+    return case.beside("report.html")
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
-
-QUICK = ("reconstruction", "memorization", "density", "dense_latents", "positions", "downstream")
-SLOW = ("refinement", "test_time_k", "fixed_threshold", "probes", "n2g", "explanation_reconstruction", "ablation_sparsity")
-
-ROWS = [  # metric, key, what the table says, unit, what the sample counts
-    ("reconstruction", "nmse", "NMSE, held-out", "", "tokens"),
-    ("reconstruction", "l0", "L0", "latents/token", "tokens"),
-    ("reconstruction", "norm_ratio", "norm of reconstruction / input", "", "tokens"),
-    ("memorization", "nmse_train", "NMSE, training text", "", "tokens"),
-    ("memorization", "gap", "held-out less training NMSE", "", "tokens"),
-    ("density", "silent", "latents silent on held-out text", "of n", "tokens"),
-    ("density", "rare", "latents firing on < 1e-4 of tokens", "of n", "tokens"),
-    ("density", "densest", "densest latent", "of tokens", "tokens"),
-    ("positions", "nmse_first", "NMSE, first position", "", "contexts"),
-    ("positions", "nmse_later", "NMSE, later positions", "", "contexts"),
-    ("positions", "norm_first", "norm of the input, first position", "", "contexts"),
-    ("positions", "norm_later", "norm of the input, later positions", "", "contexts"),
-    ("downstream", "ce", "CE of the model itself", "nats/token", "tokens"),
-    ("downstream", "ce_sae", "CE with the reconstruction", "nats/token", "tokens"),
-    ("downstream", "delta_ce", "ΔCE", "nats/token", "tokens"),
-    ("downstream", "kl", "KL(original || patched)", "nats/token", "tokens"),
-    ("downstream", "ce_mean", "CE, mean ablation", "nats/token", "tokens"),
-    ("downstream", "ce_zero", "CE, zero ablation", "nats/token", "tokens"),
-    ("downstream", "recovered_mean", "loss recovered against mean ablation", "", "tokens"),
-    ("downstream", "recovered_zero", "loss recovered against zero ablation", "", "tokens"),
-    ("downstream", "compute_equivalent", "compute-equivalent", "of training", "tokens"),
-    ("refinement", "ratio", "refined / original activations", "", "tokens"),
-    ("refinement", "ratio_median", "the same, median of single ones", "", "tokens"),
-    ("refinement", "nmse_refined", "NMSE after refinement", "", "tokens"),
-    ("refinement", "gain", "share of the error that it removes", "", "tokens"),
-    ("test_time_k", "nmse", "NMSE at k' = {}", "", "tokens"),
-    ("test_time_k", "delta_ce", "ΔCE at k' = {}", "nats/token", "contexts"),
-    ("fixed_threshold", "l0", "L0 at a fixed threshold", "latents/token", "tokens"),
-    ("fixed_threshold", "nmse", "NMSE at a fixed threshold", "", "tokens"),
-    ("fixed_threshold", "delta_ce", "ΔCE at a fixed threshold", "nats/token", "contexts"),
-    ("probes", "held_out", "probe loss, best latent, held-out half", "nats", "tasks"),
-    ("probes", "loss", "probe loss, best latent, selection half", "nats", "tasks"),
-    ("probes", "channel_held_out", "probe loss, best channel, held-out half", "nats", "tasks"),
-    ("probes", "majority", "probe loss, majority", "nats", "tasks"),
-    ("n2g", "recall", "N2G recall", "", "latents"),
-    ("n2g", "precision", "N2G precision", "", "latents_with_precision"),
-    ("explanation_reconstruction", "ce", "CE of the explanations", "nats/token", "tokens"),
-    ("explanation_reconstruction", "delta_ce", "ΔCE of the explanations", "nats/token", "tokens"),
-    ("explanation_reconstruction", "ce_without_latents", "CE with no latent at all", "nats/token", "tokens"),
-    ("explanation_reconstruction", "bigram", "CE of a bigram model", "nats/token", "tokens"),
-    ("ablation_sparsity", "latents", "logits moved by ablating a latent", "of V T", "samples"),
-    ("ablation_sparsity", "channels", "the same, a channel", "of V T", "samples"),
-    ("ablation_sparsity", "random", "the same, a random direction", "of V T", "samples"),
-    ("ablation_sparsity", "latents_here", "at its own position alone, a latent", "of V", "samples"),
-    ("ablation_sparsity", "channels_here", "the same, a channel", "of V", "samples"),
-    ("ablation_sparsity", "random_here", "the same, a random direction", "of V", "samples"),
-]
-
-
-def cells(metric, result):
-    """One metric's result (dict) -> (label, value, standard error, unit, sample) of each line of the table; None for what there is not."""
-    for key, label, unit_, of in (row[1:] for row in ROWS if row[0] == metric and row[1] in result):
-        several = isinstance(result[key], list)
-        values, errors = (result.get(name) if several else [result.get(name)] for name in (key, key + "_se"))
-        for at, value, error in zip(result["at"] if several else [""], values, errors):
-            yield label.format(at), value, error if error is not None and math.isfinite(error) else None, unit_, f"{result[of]:,} {of.replace('_', ' ')}", result.get(key + "_why")
-
-
-def table(metric, result):
-    """One metric's result (dict) -> lines of the table: value, standard error, unit, sample size."""
-    lines = []
-    for label, value, error, unit_, size, why in cells(metric, result):
-        value = f"{value:10.4f}" if value is not None else f"         -  ({why})"
-        error = f" ± {error:.4f}" if error is not None else ""
-        count, of = size.split(" ", 1)
-        lines.append(f"  {label:<40}{value}{error:<10} {unit_:<14} {count:>9} {of}".rstrip())
-    if metric == "n2g":
-        lines.append(f"    skipped, too few positives: {result['skipped']} of {result['explained']} explained; too few to explain: {result['unexplained']} latents")
-        lines += [f"    latent {i}: {'  '.join(text)}" for i, text in result["samples"].items()]
-    if metric == "explanation_reconstruction":
-        lines.append(f"    {result['explained']} of {result['of_latents']} latents explained, the others are zero")
-    if metric == "dense_latents":
-        lines += ["    latent {latent}: fires on {density:.1%}; correlation with position {position:+.2f}, first token {first_token:+.2f}, repetition {repetition:+.2f}".format(**r)
-                  for r in result["densest"][:5]]  # fmt: skip
-    if metric == "probes":
-        lines += [f"    {name:<28} latent {t['latent']['held_out']:.4f}  channel {t['channel']['held_out']:.4f}  majority {t['majority']:.4f}" for name, t in result["per_task"].items()]
-    return lines
 
 
 def load(path, device):
     """A run directory or a file -> (SAE, its file, the JSON file for its results)."""
     path = Path(path)
     if path.is_file():
-        return SAE.load(path, device), path, path.with_suffix(".evals.json")
-    if not (path / "sae.pt").exists() and any(path.glob("checkpoint*.pt")):
-        raise UserError(f"{path} is not finished; continue it with: python sae.py --resume --out {path} and the options it was started with")
-    return SAE.load(path / "sae.pt" if path.is_dir() else path, device), path / "sae.pt", path / "evals.json"
+        return Sparse.load(path, device), path, path.with_suffix(".evals.json")
+    file = path / "sae.pt"
+    if not file.exists() and any(path.glob("checkpoint*")):
+        how = f"python sae.py --resume --out {path} and the options it was started with"
+        raise UserError(f"{path} is not finished; continue it with: {how}")
+    return Sparse.load(file if path.is_dir() else path, device), file, path / "evals.json"
 
 
 def stamp(path):
-    """A local file or folder as something that changes when it does; names such as `stdlib` stay themselves."""
+    """A path as something that changes with the file; names such as `stdlib` stay themselves."""
     path = Path(path)
     return [str(path), *([path.stat().st_size, path.stat().st_mtime] if path.exists() else [])]
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="+", help="directories under runs/, or files: sae.pt or one of OpenAI's autoencoders")
-    p.add_argument("--all", action="store_true", help="every metric, not only the quick ones")
-    p.add_argument("--only", default="", help=f"just these, separated by commas: {','.join(QUICK + SLOW)}")
-    p.add_argument("--fit", action="store_true", help="fit the scaling laws through the runs, and nothing else")
-    p.add_argument("--probes", help='folder of NAME.jsonl with {"text": ..., "label": 0|1}: probe these instead of the built-in token tasks')
-    p.add_argument("--acts", help="harvested activations; default: those it was trained on, else text is run through --model")
-    p.add_argument("--model", help="subject model where there are no harvested activations (default: the one it was trained on)")
-    p.add_argument("--layer", type=int, help="default: the one it was trained on, else two thirds of the depth")
-    p.add_argument("--site", help=f"default: the one it was trained on, else resid_post_mlp; one of {', '.join(SITES)}")
-    p.add_argument("--text", help="text where there are no harvested activations (default: what the model was trained on)")
-    p.add_argument("--tokens", type=int, default=0, help="tokens for NMSE, density, probes, N2G; 0: 2^18 on CUDA, 2^16 on CPU")
-    p.add_argument("--contexts", type=int, default=0, help="held-out contexts for downstream losses; 0: 2048 on CUDA, 512 on CPU")
-    p.add_argument("--report", action="store_true", help="write report.html beside the results, a page to open in a browser; several runs are overlaid")
-    p.add_argument("--latents", type=int, default=0, help="most latents that N2G explains (default: 2048) and that --report shows (default: all that fire)")
-    p.add_argument("--device", default="", help="cuda or cpu; default: cuda if there")
-    p.add_argument("--again", action="store_true", help="compute anew what is asked for")
-    p.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    a = p.parse_args(argv)
-    keep_heap()
-    if a.fit:
-        out = fit_main(a.runs)
-        return print(json.dumps(out, indent=1)) if a.json else None
-    wanted = a.only.split(",") if a.only else QUICK + (SLOW if a.all else ("probes",) * bool(a.probes))
-    if unknown := [name for name in wanted if name not in QUICK + SLOW]:
-        raise UserError(f"no metric {', '.join(unknown)}; choose among {', '.join(QUICK + SLOW)}")
-    for run in a.runs:
-        evaluate(run, wanted, a)
+class Case:
+    """One autoencoder with what its metrics need; a: the command line. What cannot be had in the
+    constructor ends the evaluation; what only some metrics need is made, or missed, by them
+    alone."""
+
+    def __init__(self, run, a):
+        self.run, self.a = run, a
+        self.device = harvest.pick_device(a.device or "")
+        cuda = self.device.startswith("cuda")
+        self.latents = a.latents or 2048
+        self.n_tokens = a.tokens or (2**18 if cuda else 2**16)
+        self.n_contexts = a.contexts or (2048 if cuda else 512)
+        self.sizes = {"tokens": self.n_tokens, "contexts": self.n_contexts}
+        self.texts = read_tasks(a.probes) if a.probes else None
+        self.sae, self.file, self.out = load(run, self.device)
+        self.config = self.sae.meta.get("config", {})
+        held_out, self.train, model, self.encoding = self.source()
+        self.where = held_out.meta
+        layer, site = self.where["layer"], self.where["site"]
+        d, n, k = self.sae.d_model, self.sae.n_latents, self.sae.k
+        if self.where["d_model"] != d:
+            widths = f"activations of width {d}, these have {self.where['d_model']}"
+            raise UserError(f"{run} is for {widths}; give its own --model, --layer and --site")
+        self.site = Site(model, layer, site)
+        kind = f"TopK k = {k}" if k < n else "ReLU"
+        self.about = (
+            f"{run}: {self.where['model']}, layer {layer}, {site}, d = {d}, n = {n}, {kind};"
+            f" text: {self.where['text']}"
+        )
+        stamps = [stamp(path) for path in (self.file, self.where["model"], self.where["text"])]
+        settings = {"where": self.where, "trained": self.sae.meta, "files": stamps}
+        self.settings = json.loads(json.dumps(settings))  # as it will be read back
+        self.sample(held_out)
+
+    def source(self):
+        """Held-out and training activations: of --acts, or of the harvest it was trained on if
+        still there; else of held-out text, and None. And model and encoding."""
+        a, meta = self.a, self.sae.meta
+        asked = {name: value for name in PLACE if (value := getattr(a, name)) is not None}
+        place = {name: meta[name] for name in PLACE if name in meta} | asked
+        differs = lambda where: [name for name in place if where[name] != place[name]]
+        acts = a.acts or self.config.get("acts")
+        if a.acts or (acts and harvest.is_harvested(acts) and not differs(harvest.read_meta(acts))):
+            held_out, train = harvest.Acts(acts, "val"), harvest.Acts(acts, "train")
+            for name in differs(train.meta):
+                how = "is asked about" if name in asked else "was trained on"
+                but = f"but {self.run} {how} {name} {place[name]}"
+                raise UserError(f"{acts} holds {name} {train.meta[name]}, {but}; give other --acts")
+            return held_out, train, *harvest.load_model(train.meta["model"], self.device)
+        name, site = place.get("model", "auto"), place.get("site", "resid_post_mlp")
+        model, encoding = harvest.load_model(name, self.device, needs_text="text" not in place)
+        text = place.get("text") or harvest.default_text(model)
+        where = (text, place.get("layer"), site, meta.get("context"))
+        return harvest.Stream(model, encoding, *where), None, model, encoding
+
+    def sample(self, held_out):
+        """Take val, held-out activations (contexts, T, d), chosen, tokens for losses, and `more`:
+        of training text in the order in which training saw it, else held-out."""
+        T = self.where["context"]
+        n = max(1, self.n_tokens // T)
+        first = max(n, self.n_contexts)
+        tokens, acts = held_out.sample((first if self.train else first + n) * T)
+        if self.train:
+            seed, size = self.config.get("seed", 0), len(self.train)
+            order = next(harvest.shuffled_blocks(size, size, seed, 0))[0]
+            self.more_tokens, more = self.train[order[:n]]
+        else:
+            self.more_tokens, more = tokens[first:], acts[first:]
+        self.val_tokens, self.val, self.more = tokens[:n], acts[:n].float(), more.float()
+        self.chosen = tokens[: self.n_contexts]
+        self.few = max(1, 2**14 // T)  # contexts for what is slow
+
+    def beside(self, name):
+        """The path of another file about this autoencoder."""
+        return self.out.with_name(self.out.name.replace("evals.json", name))
+
+    @property
+    def seen(self):
+        """`more`, which must be there."""
+        if not len(self.more):
+            raise UserError("the held-out text is too short; give more --text")
+        return self.more
+
+    @property
+    def trained_on(self):
+        """`more`, which must be of what it was trained on."""
+        if not self.train or self.train.path != Path(self.config.get("acts") or ""):
+            raise UserError("the activations it was trained on are not at hand")
+        return self.more
+
+    @cached_property
+    def k(self):
+        """Active latents a token, of ReLU ones as measured."""
+        if self.sae.k < self.sae.n_latents:
+            return self.sae.k
+        return max(1, round(reconstruction(self.sae, self.val[:64])["l0"]))
+
+    @cached_property
+    def explanations(self):
+        """{latent: N2G}, made once and kept in n2g.json."""
+        path = self.beside("n2g.json")
+        key = self.settings | self.sizes | {"latents": self.latents}
+        saved = json.loads(path.read_text()) if path.exists() and not self.a.again else {}
+        if saved.get("settings") == key:
+            return {int(i): N2G(e["patterns"]) for i, e in saved["latents"].items()}
+        pad = self.encoding.encode_ordinary(" _")[-1]
+        found = explain(self.sae, self.site, self.more_tokens, self.seen, pad, self.latents)
+        shown = lambda e: {"patterns": e.patterns, "readable": e.readable(self.encoding)}
+        latents = {i: shown(e) for i, e in found.items()}
+        harvest.write_json(path, {"settings": key, "latents": latents})
+        return found
+
+    @property
+    def probes(self):
+        """--probes and its files."""
+        folder = self.a.probes
+        return folder and [folder, *map(stamp, sorted(Path(folder).glob("*.jsonl")))]
+
+    def tasks(self):
+        """For `probes`: those of --probes, or the built-in ones."""
+        if self.texts:
+            T = self.where["context"]
+            return text_tasks(self.sae, self.site, self.encoding, self.texts, T)
+        return token_tasks(self.sae, self.val, self.val_tokens, self.encoding)
+
+
+def cells(name, result):
+    """A result -> (label, value, standard error, unit, sample, why no value) of each line."""
+    rows = METRICS[name].rows if name in METRICS else ()
+    for key, label, unit, of in rows:
+        if key not in result:
+            continue
+        values, errors = result[key], result.get(key + "_se")
+        if not isinstance(values, list):
+            values, errors = [values], [errors]
+        size = f"{result[of]:,} {of.replace('_', ' ')}"
+        for at, value, error in zip(result.get("at", [""]), values, errors):
+            error = error if error is not None and math.isfinite(error) else None
+            yield label.format(at), value, error, unit, size, result.get(key + "_why")
+
+
+def table(name, result):
+    """One metric's result -> lines of the table: value, standard error, unit, sample size."""
+    lines = []
+    for label, value, error, unit, size, why in cells(name, result):
+        value = f"{value:10.4f}" if value is not None else f"         -  ({why})"
+        error = f" ± {error:.4f}" if error is not None else ""
+        count, of = size.split(" ", 1)
+        lines.append(f"  {label:<40}{value}{error:<10} {unit:<14} {count:>9} {of}".rstrip())
+    return lines + METRICS[name].notes(result)
 
 
 def evaluate(run, wanted, a):
-    """Compute the metrics `wanted` of one autoencoder, print them as they come, and keep them beside it. a: the command line."""
-    device = harvest.pick_device(a.device)
-    cuda = device.startswith("cuda")
-    n_contexts = a.contexts or (2048 if cuda else 512)
-    n_tokens = a.tokens or (2**18 if cuda else 2**16)
+    """Compute, print and keep the metrics `wanted` of one autoencoder. a: the command line."""
     began = time.time()
-    sae, file, out = load(run, device)
-    trained = sae.meta
-
-    # Text and activations: training and held-out ones where the harvest that it was trained on is there, else held-out text alone.
-    acts = a.acts or trained.get("config", {}).get("acts")
-    asked = {name: value for name in ("model", "layer", "site", "text") if (value := getattr(a, name)) is not None}
-    place = {name: trained[name] for name in ("model", "layer", "site", "text") if name in trained} | asked
-    if a.acts or (acts and harvest.is_harvested(acts) and all(harvest.read_meta(acts)[name] == value for name, value in place.items())):
-        held_out, train = harvest.Acts(acts, "val"), harvest.Acts(acts, "train")
-        where = train.meta
-        for name, value in place.items():
-            if where[name] != value:
-                raise UserError(f"{acts} holds {name} {where[name]}, but {run} {'is asked about' if name in asked else 'was trained on'} {name} {value}; give other --acts")
-        model, encoding = harvest.load_model(where["model"], device)
-    else:
-        model, encoding = harvest.load_model(place.get("model", "auto"), device, needs_text="text" not in place)
-        text = place.get("text") or harvest.default_text(model)
-        held_out, train = harvest.Stream(model, encoding, text, place.get("layer"), place.get("site", "resid_post_mlp"), trained.get("context")), None
-        where = held_out.meta
-    if where["d_model"] != sae.d_model:
-        raise UserError(f"{run} is for activations of width {sae.d_model}, these have {where['d_model']}; give its own --model, --layer and --site")
-    T, layer, site = where["context"], where["layer"], where["site"]
-    n_samples = max(1, n_tokens // T)
-    first = max(n_samples, n_contexts)
-    val_tokens, val = held_out.sample((first if train else first + n_samples) * T)
-    if train:  # contexts in the order in which training saw them
-        order = next(harvest.shuffled_blocks(len(train), len(train), trained.get("config", {}).get("seed", 0), 0))[0]
-        seen_tokens, seen = train[order[:n_samples]]
-    else:  # without training text: further held-out contexts
-        seen_tokens, seen = val_tokens[first:], val[first:]
-    chosen, val_tokens, val, seen = val_tokens[:first][:n_contexts], val_tokens[:first][:n_samples], val[:first][:n_samples].float(), seen.float()
-
-    kind = f"TopK k = {sae.k}" if sae.k < sae.n_latents else "ReLU"
-    about = f"{run}: {where['model']}, layer {layer}, {site}, d = {sae.d_model}, n = {sae.n_latents}, {kind}; text: {where['text']}"
-    settings = {"where": where, "trained": trained, "files": [stamp(path) for path in (file, where["model"], where["text"])]}
-    results = {"about": about, "settings": settings}
-    # What an earlier call found for the same file and place is kept, so an interrupted evaluation goes on where it stopped.
-    earlier = json.loads(out.read_text()) if out.exists() else {}
-    if json.loads(json.dumps(settings)) == earlier.get("settings"):
-        results = earlier
-    sizes = {"tokens": n_tokens, "contexts": n_contexts}
-
-    def explanations():
-        """Made once and kept in n2g.json, beside the results."""
-        kept, key = out.with_name(out.name.replace("evals", "n2g")), json.loads(json.dumps(settings | sizes | {"latents": a.latents or 2048}))
-        if kept.exists() and not a.again and (saved := json.loads(kept.read_text()))["settings"] == key:
-            return {int(i): N2G(e["patterns"]) for i, e in saved["latents"].items()}
-        pad = encoding.encode_ordinary(" _")[-1]
-        found = explain(sae, model, seen_tokens, seen, layer, site, pad, a.latents or 2048)
-        latents = {i: {"patterns": e.patterns, "readable": e.readable(encoding)} for i, e in found.items()}
-        harvest.write_json(kept, {"settings": key, "latents": latents})
-        return found
-
-    def run_n2g():
-        found = explanations()
-        result = n2g(sae, found, val_tokens, val, n_contexts)
-        some = np.random.default_rng(0).permutation(sorted(result["per_latent"]))[:5].tolist()
-        samples = {i: found[i].readable(encoding)[:6] for i in some}
-        return result | {"explained": len(found), "unexplained": sae.n_latents - len(found), "samples": samples}
-
-    def run_explanations():
-        _, bigram = harvest.ngram_losses(train.tokens, chosen.numpy(), model.config.n_vocab) if train else (None, None)
-        return explanation_reconstruction(sae, model, explanations(), seen_tokens[:n_contexts], seen[:n_contexts], chosen, layer, site, bigram)
-
-    texts = read_tasks(a.probes) if a.probes else None  # complain about a bad file before any work
-
-    def run_probes():
-        return probes(sae, text_tasks(sae, model, encoding, texts, layer, site, T) if texts else token_tasks(sae, val, val_tokens, encoding))
-
-    k = sae.k if sae.k < sae.n_latents else max(1, round(reconstruction(sae, val[:64])["l0"]))
-    metrics = {  # name -> (function, what its result depends on)
-        "reconstruction": (lambda: reconstruction(sae, val), sizes),
-        "memorization": (lambda: memorization(sae, seen, val), sizes),
-        "density": (lambda: density(sae, val.flatten(0, 1)), sizes),
-        "dense_latents": (lambda: dense_latents(sae, val, val_tokens), sizes),
-        "positions": (lambda: positions(sae, val), sizes),
-        "downstream": (lambda: downstream(sae, model, chosen, layer, site, val.mean((0, 1))), sizes),
-        "refinement": (lambda: refinement(sae, val[: max(1, 2**14 // T)]), sizes),
-        "test_time_k": (lambda: test_time_k(sae, val[: max(1, 2**14 // T)], model, chosen[:256], layer, site, k), sizes),
-        "fixed_threshold": (lambda: fixed_threshold(sae, seen[: max(1, 2**14 // T)], val, model, chosen, layer, site), sizes),
-        "probes": (run_probes, sizes | {"probes": a.probes and [a.probes, *map(stamp, sorted(Path(a.probes).glob("*.jsonl")))]}),
-        "n2g": (run_n2g, sizes | {"latents": a.latents or 2048}),
-        "explanation_reconstruction": (run_explanations, sizes | {"latents": a.latents or 2048}),
-        "ablation_sparsity": (lambda: ablation_sparsity(sae, model, chosen, layer, site), sizes),
-    }
-    without = {} if sae.k < sae.n_latents else {"fixed_threshold": "a ReLU autoencoder has no k to calibrate a threshold for"}
-    if not train or Path(train.path) != Path(trained.get("config", {}).get("acts") or ""):
-        without["memorization"] = "the activations it was trained on are not at hand"
-    if not len(seen):
-        without |= dict.fromkeys(("fixed_threshold", "n2g", "explanation_reconstruction"), "the held-out text is too short; give more --text")
+    case = Case(run, a)
+    out = case.out
+    # What an earlier call found for the same file and place is kept: what was interrupted goes on.
+    results = json.loads(out.read_text()) if out.exists() else {}
+    if results.get("settings") != case.settings:
+        results = {"about": case.about, "settings": case.settings}
     if not a.json:
-        print(about)
+        print(case.about)
     for name in wanted:
-        compute, depends = metrics[name]
-        if name in without:
-            print(f"  {name}: {without[name]}", file=sys.stderr)
-            continue
-        depends = json.loads(json.dumps(depends))
-        if a.again or results.get(name, {}).get("asked") != depends:
+        this = METRICS[name]
+        asked = case.sizes | {key: getattr(case, key) for key in this.depends}
+        if a.again or results.get(name, {}).get("asked") != asked:
             try:
-                results[name] = {"asked": depends} | compute()
+                results[name] = {"asked": asked} | this.compute(case)
             except UserError as e:  # too little data for this one: the others go on
                 print(f"  {name}: {e}", file=sys.stderr)
                 continue
@@ -1485,10 +1725,62 @@ def evaluate(run, wanted, a):
     if a.json:
         print(json.dumps(results, indent=1))
     if a.report:
-        page = report(sae, model, encoding, torch.cat([val_tokens, seen_tokens]), torch.cat([val, seen]), layer, site, a.latents, len(val) if train else None)
-        out = out.with_name(out.name.replace("evals.json", "report.html"))
-        make_report(out, results, page, run, a.runs)
+        out = make_report(case, results, a.runs)
     print(f"{time.time() - began:.0f} s; written to {out}", file=sys.stderr)
+
+
+# fmt: off
+OPTIONS = {  # name: type and help
+    "all": (bool, "every metric, not only the quick ones"),
+    "only": (str, f"just these, separated by commas: {','.join(METRICS)}"),
+    "fit": (bool, "fit the scaling laws through the runs, and nothing else"),
+    "probes": (str, 'folder of NAME.jsonl with {"text": ..., "label": 0|1}: probe these instead of'
+               " the built-in token tasks"),
+    "acts": (str, "harvested activations; default: those it was trained on, else text is run"
+             " through --model"),
+    "model": (str, "subject model where there are no harvested activations (default: the one it was"
+              " trained on)"),
+    "layer": (int, "default: the one it was trained on, else two thirds of the depth"),
+    "site": (str, "default: the one it was trained on, else resid_post_mlp; one of"
+             f" {', '.join(SITES)}"),
+    "text": (str, "text where there are no harvested activations (default: what the model was"
+             " trained on)"),
+    "tokens": (int, "tokens for NMSE, density, probes, N2G; 0: 2^18 on CUDA, 2^16 on CPU"),
+    "contexts": (int, "held-out contexts for downstream losses; 0: 2048 on CUDA, 512 on CPU"),
+    "report": (bool, "write report.html beside the results, a page to open in a browser; several"
+               " runs are overlaid"),
+    "latents": (int, "most latents that N2G explains (default: 2048) and that --report shows"
+                " (default: all that fire)"),
+    "device": (str, "cuda or cpu; default: cuda if there"),
+    "again": (bool, "compute anew what is asked for"),
+    "json": (bool, "print JSON instead of the table"),
+}
+# fmt: on
+
+
+def main(argv=None):
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    files = "directories under runs/, or files: sae.pt or one of OpenAI's autoencoders"
+    p.add_argument("runs", nargs="+", help=files)
+    for name, (kind, text) in OPTIONS.items():
+        how = {"action": "store_true"} if kind is bool else {"type": kind}
+        p.add_argument("--" + name, help=text, **how)
+    a = p.parse_args(argv)
+    keep_heap()
+    if a.fit:
+        out = fit_main(a.runs)
+        if a.json:
+            print(json.dumps(out, indent=1))
+        return
+    wanted = (a.only or "").split(",")
+    if not a.only:
+        asked = lambda name: a.all or METRICS[name].quick or (name == "probes" and a.probes)
+        wanted = [name for name in METRICS if asked(name)]
+    if unknown := [name for name in wanted if name not in METRICS]:
+        raise UserError(f"no metric {', '.join(unknown)}; choose among {', '.join(METRICS)}")
+    for run in a.runs:
+        evaluate(run, wanted, a)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -900,6 +900,37 @@ def default_text(model):
     return "stdlib" if model.name == "stdlib" else "webtext"
 
 
+def source(cfg, alone=True):
+    """What to train on -> (Acts or Stream, the same of held-out text, training tokens there are).
+
+    cfg: has acts, model, text, stream and device, as in sae.py's Config; its `acts` becomes "" where
+    activations are streamed. alone: whether missing activations may be harvested here; else, as one
+    of several processes, UserError says how.
+    """
+    cuda = cfg.device.startswith("cuda")
+    if cfg.stream or cuda and not is_harvested(cfg.acts):
+        cfg.acts = ""
+        model, encoding = load_model(cfg.model, cfg.device, needs_text=not cfg.text)
+        data = Stream(model, encoding, cfg.text or default_text(model))
+        return data, data, 400_000_000
+    if not is_harvested(cfg.acts):
+        how = ["--model", cfg.model, "--out", cfg.acts]
+        if not alone:
+            raise UserError(
+                f"no complete activations at {cfg.acts}; make them first: "
+                f"python harvest.py {' '.join(how)}, or give --stream"
+            )
+        print(f"no complete activations at {cfg.acts}: harvesting", file=sys.stderr)
+        main([*how, "--device", cfg.device] + (["--text", cfg.text] if cfg.text else []))
+    data = Acts(cfg.acts)
+    if cfg.model not in ("auto", data.meta["model"]) or cfg.text not in ("", data.meta["text"]):
+        raise UserError(
+            f"{cfg.acts} holds activations of {data.meta['model']} on {data.meta['text']}; "
+            "name another --acts, or leave out --model and --text"
+        )
+    return data, Acts(cfg.acts, "val"), data.n_tokens
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="auto", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, a file or folder of weights, or auto (default): gpt2 if it can be had, else stdlib")

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def randn(*shape, seed=0, dtype=torch.float64):
 def make_sae(d, n, k, seed=0, dtype=torch.float64):
     """An SAE away from its special initial point: untied, biased, unit decoder rows."""
     torch.manual_seed(seed)
-    m = S.SAE(d, n, k).to(dtype)
+    m = S.Sparse(d, n, k).to(dtype)
     with torch.no_grad():
         m.W_enc += 0.1 * torch.randn_like(m.W_enc)
         m.b_enc += 0.05 * torch.randn_like(m.b_enc)
@@ -68,6 +69,13 @@ def dense_code(pre, k):
     """ReLU(TopK) as a dense matrix, the textbook way."""
     values, indices = pre.topk(k)
     return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+
+
+def plain(m):
+    """The same autoencoder as section 1 has it."""
+    other = S.SAE(m.d_model, m.n_latents, m.k).to(m.W_dec)
+    other.load_state_dict(m.state_dict())
+    return other
 
 
 def to_dense(values, indices, n):
@@ -156,9 +164,10 @@ def test_sparse_operations_equal_dense_ones(size, seed):
     indices = torch.randint(n, (B, k), generator=gen(seed))  # repeated indices in one row are allowed
     values, W, G = randn(B, k, seed=seed), randn(n, d, seed=seed + 1), randn(B, d, seed=seed + 2)
     code = to_dense(values, indices, n)
-    assert torch.allclose(S.gather_sum(values, indices, W), code @ W)
-    assert torch.allclose(S.gather_dot(G, W, indices), (G @ W.T).gather(1, indices))
-    assert torch.allclose(S.scatter_sum(values, indices, G, n), code.T @ G)
+    support = S.Support(indices, n)
+    assert torch.allclose(support.gather_sum(values, W), code @ W)
+    assert torch.allclose(support.gather_dot(G, W), (G @ W.T).gather(1, indices))
+    assert torch.allclose(support.scatter_sum(values, G), code.T @ G)
 
 
 # The Triton kernels against their twins: compiled where there is a GPU, else in Triton's interpreter.
@@ -176,7 +185,7 @@ def test_sparse_kernels_equal_their_twins(B, n, k, d):
         close = lambda a, b: torch.allclose(a, b, atol=1e-5 * (1 + b.abs().max().item()))
         assert close(S.gather_sum_kernel(values, indices, W), S.gather_sum_twin(values, indices, W))
         assert close(S.gather_dot_kernel(G, W, indices), S.gather_dot_twin(G, W, indices))
-        pairs = values.flatten(), *S.by_latent(indices, n), G, k
+        pairs = values.flatten(), *S.Support(indices, n).by_latent, G, k
         assert close(S.scatter_sum_kernel(*pairs), S.scatter_sum_twin(*pairs))
         assert close(S.scatter_sum_kernel(*pairs, piece=3), S.scatter_sum_twin(*pairs))  # every latent in several pieces
 
@@ -236,9 +245,7 @@ def test_loss_and_gradients_on_the_kernels(monkeypatch):
     def gradients(use):
         monkeypatch.setattr(S, "fused", lambda x: use)
         m.zero_grad()
-        loss = whole_loss(m, u, 0.1, torch.tensor([3, 9, 20], device=DEVICE), 2, 1 / 32)
-        loss.backward()
-        return [loss.detach(), *(p.grad.clone() for p in m.parameters())]
+        return fast(m, u, 0.1, torch.tensor([3, 9, 20], device=DEVICE), 2, 1 / 32)
 
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients(True), gradients(False)))
 
@@ -270,28 +277,55 @@ def test_sparse_encode_values_and_gradients(size, seed):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, twin))
 
 
-def whole_loss(m, u, scale, dead, k_aux, aux_coef, multi=False):
-    """What a step minimises, in one piece."""
-    k_aux = min(k_aux, len(dead)) if aux_coef else 0
-    loss, aux, *_, e = S.losses(m, u, scale, dead, k_aux, [p[dead] for p in (m.W_enc, m.b_enc, m.W_dec)], multi)
-    return loss + aux_coef * S.auxk_weight(S.moments(e), u.dtype) * aux
+def step_of(m, dead, k_aux, alpha):
+    """AuxK of a step in which `dead` are known to be dead."""
+    silent = torch.zeros(m.n_latents, dtype=torch.long, device=m.W_dec.device).index_fill_(0, dead, 9)
+    cfg = SimpleNamespace(k_aux=k_aux, aux_coef=alpha, dead_tokens=8)
+    return S.AuxK(SimpleNamespace(cfg=cfg, sae=m, silent=silent, n_dead=len(dead), own_dead=len(dead)))
 
 
-def written_out_loss(m, u, scale, dead, k_aux, aux_coef, multi):
-    """The whole objective with dense matrices, as the paper writes it."""
-    pre = (u - m.b_pre) @ m.W_enc.T + m.b_enc
-    u_hat = dense_code(pre, m.k) @ m.W_dec + m.b_pre
-    loss = ((u - u_hat) ** 2).mean() / scale
+def fast(m, u, c, dead, k_aux, alpha, multi=False):
+    """[NMSE, then the gradients of the whole objective], as a step of training finds them."""
+    m.zero_grad()
+    aux = step_of(m, dead, k_aux, alpha)
+    loss, nmse, e, *_ = S.losses(m, u, c, aux, multi)
+    loss.backward()
+    variance, square = (e - e.mean(0)).square().mean(), e.square().mean()
+    aux.add(alpha * S.one_over(variance, square, e.dtype), lambda rows: rows)
+    return [nmse, *(p.grad.clone() for p in m.parameters())]
+
+
+def oracle(m, u, c, dead, k_aux, alpha, multi=False):
+    """The same from `objective`, by plain autograd."""
+    p = plain(m)
+    loss = S.objective(p, u, c, dead, k_aux, alpha)
     if multi:
-        loss = loss + ((u - dense_code(pre, min(4 * m.k, m.n_latents)) @ m.W_dec - m.b_pre) ** 2).mean() / scale / 8
-    if len(dead):
-        e = (u - u_hat).detach()
-        pre_dead = (u - m.b_pre.detach()) @ m.W_enc[dead].T + m.b_enc[dead]
-        e_hat = dense_code(pre_dead, min(k_aux, len(dead))) @ m.W_dec[dead]
-        variance = ((e - e.mean(0)) ** 2).mean()
-        if variance > 1e-26:
-            loss = loss + aux_coef * ((e - e_hat) ** 2).mean() / variance
-    return loss
+        p.k = min(4 * p.k, p.n_latents)
+        loss = loss + S.objective(p, u, c, [], 1, 0.0) / 8
+    loss.backward()
+    return [S.objective(plain(m), u, c, [], 1, 0.0).detach(), *(w.grad for w in p.parameters())]
+
+
+@given(sizes(), seeds, st.integers(1, 6), st.sampled_from([0.0, 1 / 32, 3.0]))
+def test_the_objective_written_out(size, seed, k_aux, alpha):
+    """In loops over tokens and latents, as the paper writes it."""
+    d, n, k, B = size
+    m = plain(make_sae(d, n, k, seed))
+    u, c, dead = S.normalize(randn(B, d, seed=seed + 1))[0], 0.3, list(range(0, n, 3))[seed % 2 :]
+    w = {name: p.detach().numpy() for name, p in m.named_parameters()}
+
+    def code(row, latents, k):  # -> sum of z_i W_dec[i] over the k largest of `latents`
+        pre = {i: float(w["W_enc"][i] @ (row - w["b_pre"]) + w["b_enc"][i]) for i in latents}
+        best = sorted(pre, key=pre.get)[-k:]
+        return sum((max(pre[i], 0.0) * w["W_dec"][i] for i in best), np.zeros(d))
+
+    rows = u.numpy()
+    e = np.stack([row - code(row, range(n), k) - w["b_pre"] for row in rows])
+    loss, variance = (e**2).mean() / c, ((e - e.mean(0)) ** 2).mean()
+    if dead and variance > 1e-13 * (e**2).mean():
+        e_hat = np.stack([code(row, dead, min(k_aux, len(dead))) for row in rows])
+        loss += alpha * ((e - e_hat) ** 2).mean() / variance
+    assert S.objective(m, u, c, torch.tensor(dead, dtype=torch.long), k_aux, alpha).item() == pytest.approx(loss)
 
 
 @given(sizes(), seeds, st.booleans(), st.integers(1, 6))
@@ -299,11 +333,8 @@ def test_loss_and_every_gradient(size, seed, multi, k_aux):
     d, n, k, B = size
     m = make_sae(d, n, k, seed)
     u = S.normalize(randn(B, d, seed=seed + 1))[0]
-    dead = torch.arange(0, n, 3)
-    ours = whole_loss(m, u, 0.3, dead, k_aux, 1 / 32, multi)
-    twin = written_out_loss(m, u, 0.3, dead, k_aux, 1 / 32, multi)
-    assert torch.allclose(ours, twin)
-    for a, b in zip(torch.autograd.grad(ours, list(m.parameters())), torch.autograd.grad(twin, list(m.parameters()))):
+    case = m, u, 0.3, torch.arange(0, n, 3), k_aux, 1 / 32, multi
+    for a, b in zip(fast(*case), oracle(*case)):
         assert torch.allclose(a, b, atol=1e-12)
 
 
@@ -311,7 +342,7 @@ def test_loss_and_every_gradient(size, seed, multi, k_aux):
 def test_relu_baseline_loss_and_gradients(size, seed, l1):
     d, n, _, B = size
     m, u, scale = make_sae(d, n, n, seed), randn(B, d, seed=seed), 0.3
-    loss, _, nmse, values, indices, _ = S.losses(m, u, scale, l1=l1)
+    loss, nmse, _, values, indices = S.relu_losses(m, u, scale, l1)
     loss.backward()
     ours = [p.grad.clone() for p in m.parameters()]
     m.zero_grad()
@@ -344,11 +375,11 @@ def test_bf16_product_selects_almost_the_same():
 @given(st.integers(2, 40), st.integers(2, 90), seeds)
 def test_initialisation(d, n, seed):
     torch.manual_seed(seed)
-    m = S.SAE(d, n, min(4, n))
+    m = S.Sparse(d, n, min(4, n))
     assert torch.equal(m.W_enc, m.W_dec) and torch.allclose(m.W_dec.norm(dim=1), torch.ones(n))
     assert (m.b_enc == 0).all()
     u = S.normalize(randn(64, d, seed=seed, dtype=torch.float32) + 1)[0]
-    m.init_from_data(u)
+    S.init_from_data(m, u)
     assert torch.allclose(F.normalize(m.W_enc, dim=1), m.W_dec, atol=1e-5)  # tied up to one scale
     assert torch.allclose(m.b_pre, S.geometric_median(u))
 
@@ -356,7 +387,7 @@ def test_initialisation(d, n, seed):
 def test_initial_scale_reconstructs_norms():
     torch.manual_seed(0)
     m = S.SAE(64, 512, 16)
-    m.init_from_data(torch.zeros(4, 64) + 0.01)
+    S.init_from_data(m, torch.zeros(4, 64) + 0.01)
     fresh = F.normalize(randn(2000, 64, seed=9, dtype=torch.float32), dim=1) + m.b_pre
     assert (m.decode(*m.encode(fresh)) - m.b_pre).norm(dim=1).mean().item() == pytest.approx(1, abs=0.03)
 
@@ -383,47 +414,38 @@ def test_geometric_median_resists_outliers():
 
 def aux_setup():
     m = make_sae(6, 20, 3)
-    u = S.normalize(randn(40, 6))[0]
-    return m, u, (u - m.decode(*m.encode(u)))
-
-
-def dead_code(m, u, dead, k_aux):
-    code = S.select(u, m.W_enc, m.b_enc, m.b_pre, m.k, None, None, dead, min(k_aux, len(dead)))[1]
-    values, j = S.encode_selected(u, m.W_enc[dead], m.b_enc[dead], m.b_pre.detach(), *code)
-    return values, dead[j]
-
-
-def auxk_loss(e, e_hat):
-    return S.auxk_weight(S.moments(e.detach()), e.dtype) * (e.detach() - e_hat).square().mean()
+    return m, S.normalize(randn(40, 6))[0]
 
 
 def test_auxk_is_nothing_without_dead_latents():
-    m, u, e = aux_setup()
+    m, u = aux_setup()
     none = torch.empty(0, dtype=torch.long)
-    plain, aux = (whole_loss(m, u, 0.3, none, 4, coef) for coef in (0.0, 1 / 32))
-    assert torch.equal(plain, aux)
-    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(plain, list(m.parameters())), torch.autograd.grad(aux, list(m.parameters()))))
+    for how in (fast, oracle):
+        assert all(torch.equal(a, b) for a, b in zip(how(m, u, 0.3, none, 4, 0.0), how(m, u, 0.3, none, 4, 1 / 32)))
+    assert S.auxk(m, u, u, none, 4).item() == 0
 
 
 @pytest.mark.parametrize("n_dead", [1, 3, 5])
 def test_auxk_touches_dead_rows_only_and_reaches_the_encoder(n_dead):
-    m, u, e = aux_setup()
+    m, u = aux_setup()
     dead = torch.tensor([2, 7, 11, 13, 19])[:n_dead]
-    values, indices = dead_code(m, u, dead, 3)
-    assert torch.allclose(to_dense(values, indices, 20)[:, dead], dense_code(m.pre_acts(u)[:, dead], min(3, n_dead)))
-    auxk_loss(e, S.sparse_decode(values, indices, m.W_dec)).backward()
-    live = torch.ones(20, dtype=torch.bool)
-    live[dead] = False
-    for p in (m.W_enc, m.b_enc, m.W_dec):
-        assert (p.grad[live] == 0).all() and (p.grad[dead].abs().sum() > 0)
-    assert m.b_pre.grad is None
+    values, support = m.select(u, 3, dead, min(3, n_dead))[1]
+    assert torch.allclose(to_dense(values, support.indices, n_dead), dense_code(m.pre_acts(u)[:, dead], min(3, n_dead)))
+    for how in (fast, oracle):
+        with_, without = (how(m, u, 0.3, dead, 3, alpha)[1:] for alpha in (1 / 32, 0.0))
+        live = torch.ones(20, dtype=torch.bool)
+        live[dead] = False
+        for (name, _), a, b in zip(m.named_parameters(), with_, without):
+            assert torch.equal(a, b) if name == "b_pre" else torch.equal(a[live], b[live]) and ((a - b)[dead].abs().sum() > 0), name
 
 
 def test_auxk_of_a_constant_residual_is_zero_not_nan():
-    m, u, _ = aux_setup()
-    loss = auxk_loss(torch.ones_like(u), S.sparse_decode(*dead_code(m, u, torch.arange(5), 3), m.W_dec))
-    loss.backward()
-    assert loss.item() == 0 and all(torch.isfinite(p.grad).all() for p in (m.W_enc, m.b_enc, m.W_dec))
+    m, u = aux_setup()
+    for dtype in (torch.float32, torch.float64):
+        loss = S.auxk(m.to(dtype), u.to(dtype), torch.full_like(u, 0.3, dtype=dtype), torch.arange(5), 3)
+        loss.backward()
+        assert loss.item() == 0 and all(p.grad is None or torch.isfinite(p.grad).all() for p in m.parameters())
+        m.zero_grad()
 
 
 # ---------------------------------------------------------------------------------- the model as a whole
@@ -503,6 +525,10 @@ def planted(n, d=16, n_true=40, seed=0):
     return z @ D + 0.01 * randn(n, d, seed=seed, dtype=torch.float32)
 
 
+def newest(out):
+    return sorted(Path(out).glob("checkpoint-*[0-9]"))[-1]
+
+
 def planted_batches(step):
     while True:
         yield planted(64, seed=step)
@@ -512,9 +538,9 @@ def planted_batches(step):
 def make_trainer(tmp_path, **kw):
     cfg = tiny_config(tmp_path, **kw)
     torch.manual_seed(0)
-    m = S.SAE(16, cfg.n_latents, cfg.k)
+    m = S.Sparse(16, cfg.n_latents, cfg.k)
     u = S.normalize(planted(512))[0]
-    m.init_from_data(u)
+    S.init_from_data(m, u)
     return S.Trainer(cfg, m, (u - u.mean(0)).square().mean().item())
 
 
@@ -538,7 +564,7 @@ def test_a_step_is_adam_on_the_projected_gradient(tmp_path):
     p = {name: w.detach().clone().double() for name, w in t.sae.named_parameters()}
     ref = S.SAE(16, 64, 4).double()
     ref.load_state_dict(p)
-    written_out_loss(ref, S.normalize(x.double())[0], t.scale, [], 1, 0, False).backward()
+    S.objective(ref, S.normalize(x.double())[0], t.c, [], 1, 0.0).backward()
     t.step(x)
     for name, w in ref.named_parameters():
         g = w.grad
@@ -555,9 +581,9 @@ def test_a_step_is_adam_on_the_projected_gradient(tmp_path):
 @pytest.mark.parametrize("dense, expected", [(True, 1), (False, 2)])  # of the active code; and of AuxK's, where that is not dense
 def test_both_weight_gradients_share_one_order(monkeypatch, dense, expected):
     m, u, sorts = make_sae(5, 60, 3), S.normalize(randn(9, 5))[0], []
-    monkeypatch.setattr(S, "narrow", lambda _, n: dense and n == 2)
+    monkeypatch.setattr(S.Support, "dense", property(lambda self: dense and self.n == 2))
     monkeypatch.setattr(S.torch.Tensor, "sort", lambda self, *a, _sort=torch.Tensor.sort, **k: (sorts.append(1), _sort(self, *a, **k))[1])
-    whole_loss(m, u, 0.1, torch.tensor([1, 2]), 2, 1 / 32).backward()
+    fast(m, u, 0.1, torch.tensor([1, 2]), 2, 1 / 32)
     assert len(sorts) == expected
 
 
@@ -568,8 +594,9 @@ def test_dense_products_where_the_code_is_not_sparse(size, seed):
     results = []
     for dense in (False, True):
         with pytest.MonkeyPatch.context() as mp:
-            mp.setattr(S, "narrow", lambda *_: dense)
-            results.append((S.gather_sum(values, indices, W), S.gather_dot(G, W, indices), S.scatter_sum(values, indices.clone(), G, n)))
+            mp.setattr(S.Support, "dense", dense)
+            support = S.Support(indices, n)
+            results.append((support.gather_sum(values, W), support.gather_dot(G, W), support.scatter_sum(values, G)))
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*results))
 
 
@@ -641,8 +668,8 @@ def test_stop_and_resume_gives_the_same_bits(tmp_path_factory, seed, stop_after,
     whole = S.train(tiny_config(tmp / "a", **options), planted_batches, planted(100))
     cfg, step = tiny_config(tmp / "b", **options), S.Trainer.step
 
-    def step_then_stop(trainer, x, *wishes):
-        info = step(trainer, x, *wishes)
+    def step_then_stop(trainer, x, **wishes):
+        info = step(trainer, x, **wishes)
         if trainer.steps == stop_after:
             signal.raise_signal(signal.SIGTERM)
         return info
@@ -662,8 +689,12 @@ def test_resume_refuses_another_configuration(tmp_path):
     S.train(cfg, planted_batches, planted(100))
     with pytest.raises(ValueError, match="lr: 0.003 there, 0.1 now"):
         S.train(dataclasses.replace(cfg, resume=True, lr=0.1), planted_batches)
-    with pytest.raises(ValueError, match="nothing to resume"):
-        S.train(dataclasses.replace(cfg, resume=True, out=str(tmp_path / "none")), planted_batches)
+    m = S.train(dataclasses.replace(cfg, resume=True, out=str(tmp_path / "none")), planted_batches)  # nothing there: it begins
+    assert m.meta["tokens"] == 64 * 40
+    for folder in Path(cfg.out).glob("checkpoint*"):
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="nothing to resume: there is no checkpoint in .*; drop --resume"):
+        S.train(dataclasses.replace(cfg, resume=True), planted_batches)
 
 
 def test_resume_refuses_other_data_and_damaged_checkpoints(tmp_path):
@@ -674,18 +705,18 @@ def test_resume_refuses_other_data_and_damaged_checkpoints(tmp_path):
 
     with pytest.raises(ValueError, match="ended after step 550 of 600"):
         S.train(cfg, ends)
-    assert torch.load(Path(cfg.out) / "checkpoint.pt", weights_only=True)["steps"] == 550
+    assert newest(cfg.out).name == "checkpoint-000000550"
     cfg = tiny_config(tmp_path / "b")
     S.train(cfg, planted_batches, planted(100), {"layer": 1})
     cfg = dataclasses.replace(cfg, resume=True)
-    with pytest.raises(ValueError, match="trained on layer 1, not 2"):
+    with pytest.raises(ValueError, match="other activations .layer: 1 there, 2 now.; give those"):
         S.train(cfg, planted_batches, planted(100), {"layer": 2})
     t = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="width 17, the autoencoder 16"):
         t.step(torch.zeros(3, 17))
-    checkpoint = Path(cfg.out) / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match="checkpoint.pt is not a readable file"):
+    for checkpoint in Path(cfg.out).glob("checkpoint*/*.pt"):
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match="nothing to resume: .*0000.pt is not a readable file"):
         S.train(cfg, planted_batches, planted(100))
 
 
@@ -734,13 +765,13 @@ MESH_CASES = [
 def twenty_steps(mesh, dtype, options, silence):
     cfg = tiny_config(Path("nowhere"), shards=mesh.shards, **options)
     torch.manual_seed(0)
-    m, own = S.SAE(16, 64, cfg.k, mesh).to(dtype), mesh.part(64)
+    m, own = mesh.sae(16, 64, cfg.k).to(dtype), mesh.part(64)
     u = S.normalize(planted(512).to(dtype))[0]
-    m.init_from_data(u)
+    S.init_from_data(m, u)
     if silence:
         with torch.no_grad():
-            m.b_enc[[i - own.start for i in own if i < 20]] = -1
-    t = S.Trainer(cfg, m, (u - u.mean(0)).square().mean().item())
+            m.b_enc[[i - own.start for i in own if i < 20]] = -0.5  # silent, but above 0 for some tokens among the dead
+    t = mesh.trainer(cfg, m, (u - u.mean(0)).square().mean().item())
     for step in range(20):
         info = t.step(planted(64, seed=step).to(dtype).chunk(mesh.replicas)[mesh.replica])
     return t.state()["tensors"] | {"info": torch.tensor([float(info[name]) for name in ("nmse", "l0", "dead")])}
@@ -758,8 +789,9 @@ mesh.leave()"""
     result = torchrun(tmp_path, processes, code)
     assert result.returncode == 0, result.stderr
     for i, (dtype, options, silence, tolerance) in enumerate(MESH_CASES):
-        alone = twenty_steps(S.ALONE, dtype, options | {"accumulate": 1}, silence)
+        alone, without = (twenty_steps(S.ALONE, dtype, options | {"accumulate": 1, "aux_coef": a}, silence) for a in (1 / 32, 0.0))
         assert alone["info"][2] >= 20 * silence
+        assert not silence or (alone["W_enc"] - without["W_enc"]).abs().max() > 1e-3  # AuxK is felt
         for n_shards in shards:
             for replica in range(processes // n_shards):
                 parts = [torch.load(tmp_path / f"{i}.{n_shards}.{replica}.{shard}") for shard in range(n_shards)]
@@ -777,11 +809,17 @@ def test_shards_keep_exactly_the_global_top_k(size, seed, shards):
     kept = []
     for shard in range(shards):
         mesh = S.Mesh()
-        mesh.shards, mesh.shard, mesh.gather = shards, shard, lambda x: torch.cat(list(values), 1)
-        kept.append(S.keep_global(values[shard], k, mesh))
+        mesh.shards, mesh.shard = shards, shard
+        mesh.all_gather = lambda x, over, dim: torch.cat([F.pad(v, (0, k - v.shape[1]), value=-math.inf) for v in values], dim)
+        kept.append(S.Shard(2, shards * n, k, mesh).keep(values[shard], k))
     everyone = torch.cat(list(values), 1)
     assert torch.equal(torch.cat(kept, 1).sort(1, descending=True).values[:, :k], everyone.sort(1, descending=True).values[:, :k])
     assert ((torch.cat(kept, 1) > 0).sum(1) <= k).all()
+
+
+def shares(mesh):
+    """Each process reads its own share of every planted batch."""
+    return lambda step: (x.chunk(mesh.world)[mesh.rank] for x in planted_batches(step))
 
 
 KILLED_RUN = """
@@ -789,12 +827,12 @@ name, kill_at = {!r}, {}
 mesh, restarts = S.Mesh.join(2), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 cfg = T.tiny_config(T.Path(out), out=out + "/" + name, tokens=64 * 200, minutes=0.0, shards=2)
 step = S.Trainer.step
-def step_or_die(trainer, *args):
+def step_or_die(trainer, x, **wishes):
     if restarts < len(kill_at) and trainer.steps == kill_at[restarts] and mesh.shard == restarts % 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(trainer, *args)
+    return step(trainer, x, **wishes)
 S.Trainer.step = step_or_die
-S.train(cfg, T.planted_batches, T.planted(100), None, mesh)
+S.train(cfg, T.shares(mesh), T.planted(100), mesh=mesh)
 mesh.leave()
 """
 
@@ -810,13 +848,13 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
     assert logs[0] == logs[1] and len(logs[0]) == 200
 
     # the checkpoint of two shards, on one process and on four
-    files, cfg = S.checkpoints(tmp_path / "calm")[0][0], tiny_config(tmp_path, out=str(tmp_path / "calm"), tokens=64 * 200)
-    assert [f.name for f in files] == ["checkpoint.0of2.pt", "checkpoint.1of2.pt"]
-    whole = S.Trainer.load(files, cfg)
+    saved, cfg = S.read_checkpoint(newest(tmp_path / "calm")), tiny_config(tmp_path, out=str(tmp_path / "calm"), tokens=64 * 200)
+    assert [f.name for f in sorted(newest(tmp_path / "calm").iterdir())] == ["0000.pt", "0001.pt"]
+    whole = S.restore(saved, cfg)
     for shard in range(4):
         mesh = S.Mesh()
         mesh.shards, mesh.shard = 4, shard
-        part, own = S.Trainer.load(files, cfg, mesh), mesh.part(64)
+        part, own = S.restore(saved, cfg, mesh), mesh.part(64)
         for name, tensor in whole.state()["tensors"].items():
             assert torch.equal(part.state()["tensors"][name], tensor if name.startswith("b_pre") else tensor[own.start : own.stop])
     kept = whole.averaged() if a.meta["weights"] == "ema" else whole.sae
@@ -825,31 +863,50 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
 
 
 def test_without_a_restart_a_killed_process_ends_the_run_with_a_message(tmp_path):
-    code = KILLED_RUN.format("run", [20]).replace("S.train(", "T.harvest.run_main(lambda: S.train(").replace(", mesh)\nmesh", ", mesh))\nmesh")
+    code = KILLED_RUN.format("run", [20]).replace("S.train(", "T.harvest.run_main(lambda: S.train(").replace("=mesh)\nmesh", "=mesh))\nmesh")
     result = torchrun(tmp_path, 2, code, timeout=60)
     assert result.returncode != 0 and "SIGKILL" in result.stderr and "error: lost contact with another process" in result.stderr
-    assert S.checkpoints(tmp_path / "run")[0][0][0].name == "checkpoint.0of2.pt"
+    assert len(S.read_checkpoint(newest(tmp_path / "run"))) == 2
 
 
-def test_torn_generations_never_push_out_the_last_whole_one(tmp_path):
-    """Shard 1 dies twice while shard 0 has already written: both times the same whole checkpoint is there to go on from."""
-    def write(shard, steps):
-        head = {"steps": steps, "shards": 2, "shard": shard, "tensors": {}}
-        S.save_atomic(tmp_path / f"checkpoint.{shard}of2.pt", head, tmp_path / f"checkpoint.{shard}of2.old.pt")
+def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+    """A process that dies between two shards' files leaves the last whole checkpoint, which is what the run goes on from."""
+    cfg = tiny_config(tmp_path, minutes=0.0)
 
-    write(0, 10), write(1, 10)
-    for steps in (20, 21):
-        write(0, steps)
-        whole, damaged, torn = S.checkpoints(tmp_path)
-        assert [S.load_file(f)["steps"] for f in whole[0]] == [10, 10] and not damaged and [f.name for f in torn] == ["checkpoint.0of2.pt"]
-        torn[0].unlink()  # as train does
+    def dies(part, *_):
+        if "000000030" in str(part):
+            (part / "0000.pt").unlink()
+            raise KeyboardInterrupt
+        return rename(part, part.with_suffix(""))
+
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        S.train(cfg, planted_batches)
+    assert newest(cfg.out).name == "checkpoint-000000029" and list(Path(cfg.out).glob("*.part"))
+    monkeypatch.undo()
+    again = S.train(dataclasses.replace(cfg, resume=True), planted_batches)
+    whole = S.train(tiny_config(tmp_path / "whole"), planted_batches)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+    assert sorted(f.name for f in Path(cfg.out).glob("checkpoint*")) == ["checkpoint-000000039", "checkpoint-000000040"]
+
+
+def test_one_process_at_a_time_writes_a_run(tmp_path):
+    cfg = tiny_config(tmp_path)
+    other = S.hold(Path(cfg.out))
+    with pytest.raises(ValueError, match="another process is writing to .*; choose another --out"):
+        S.train(cfg, planted_batches)
+    other.close()
+    S.train(cfg, planted_batches)
+    with pytest.raises(ValueError, match="already holds a run"):
+        S.train(cfg, planted_batches)
 
 
 def test_a_restart_by_torchrun_is_no_licence_to_overwrite(tmp_path):
     """A launch that was refused is refused again when torchrun tries once more."""
     S.train(tiny_config(tmp_path / "0"), planted_batches)
-    for file in (tmp_path / "0/run").glob("checkpoint*"):
-        file.unlink()
+    for folder in (tmp_path / "0/run").glob("checkpoint*"):
+        shutil.rmtree(folder)
     before = (tmp_path / "0/run/sae.pt").read_bytes()
     code = f"mesh = S.Mesh.join(1)\nS.train(T.tiny_config(T.Path({str(tmp_path / '0')!r})), T.planted_batches, mesh=mesh)"
     result = torchrun(tmp_path, 1, code, "--max-restarts", "1", "--monitor-interval", "0.1")
@@ -860,12 +917,11 @@ def test_a_restart_by_torchrun_is_no_licence_to_overwrite(tmp_path):
 def test_the_checkpoint_before_a_torn_one_is_used(tmp_path, capsys):
     cfg = tiny_config(tmp_path, minutes=0.0)
     whole = S.train(cfg, planted_batches, planted(100))
-    out = Path(cfg.out)
-    newest, before = out / "checkpoint.pt", out / "checkpoint.old.pt"
-    assert (S.load_file(newest)["steps"], S.load_file(before)["steps"]) == (40, 39)
-    newest.write_bytes(newest.read_bytes()[:-3000])
+    before, last = sorted(Path(cfg.out).glob("checkpoint-*"))
+    assert (before.name, last.name) == ("checkpoint-000000039", "checkpoint-000000040")
+    (last / "0000.pt").write_bytes((last / "0000.pt").read_bytes()[:-3000])
     again = S.train(dataclasses.replace(cfg, resume=True), planted_batches, planted(100))
-    assert "checkpoint.pt is not a readable file" in capsys.readouterr().err
+    assert "checkpoint-000000040/0000.pt is not a readable file" in capsys.readouterr().err
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
 
 
@@ -881,7 +937,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", until_full)
     with pytest.raises(OSError, match="No space left"):
         S.train(cfg, planted_batches)
-    assert S.load_file(S.checkpoints(cfg.out)[0][0][0])["steps"] == 29 and not list(Path(cfg.out).glob("*.part"))
+    assert newest(cfg.out).name == "checkpoint-000000029" and not list(Path(cfg.out).glob("*.part"))
 
 
 @pytest.mark.parametrize("kw", [{}, {"dead_tokens": 64, "k_aux": 8}, {"multi_topk": True, "dead_tokens": 64, "k_aux": 32}])
@@ -890,8 +946,8 @@ def test_accumulation_equals_the_big_batch(tmp_path, kw):
     for parts in (1, 4):
         t = make_trainer(tmp_path, accumulate=parts, **kw)
         with torch.no_grad():
-            t.sae.double().b_enc[:20] = -1  # never selected, so dead soon
-        t = S.Trainer(t.cfg, t.sae, t.scale)
+            t.sae.double().b_enc[:20] = -0.5  # never selected, so dead soon
+        t = S.Trainer(t.cfg, t.sae, t.c)
         for _, x in zip(range(12), planted_batches(0)):
             info = t.step(x.double())
         ends.append(t.state()["tensors"] | {"info": torch.tensor([float(info["nmse"]), float(info["l0"]), info["dead"]])})
@@ -918,8 +974,8 @@ def test_planned_memory_is_the_measured_one(case):
     options = {name: value for name, value in case.items() if name in ("precision", "accumulate", "shards")}
     cfg = S.resolve(S.Config(n_latents=n, k=32, batch=batch, tokens=10**9, device="cpu", **{"precision": "bf16"} | options), d, 0)
     mesh = S.Mesh()
-    mesh.shards, mesh.gather = cfg.shards, lambda x: torch.cat([x] * cfg.shards, 1) if cfg.shards > 1 else x
-    t, x = S.Trainer(cfg, S.SAE(d, n, 32, mesh), 1 / d), torch.randn(batch, d).half()
+    mesh.shards, mesh.all_gather = cfg.shards, lambda x, over, dim: torch.cat([x] * cfg.shards, dim)
+    t, x = S.Trainer(cfg, mesh.sae(d, n, 32), 1 / d), torch.randn(batch, d).half()
 
     def step():
         t.silent.zero_()
@@ -934,13 +990,13 @@ def test_planned_memory_is_the_measured_one(case):
     events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
     peak = np.cumsum([size for _, size in events]).max()
     lasting = 4 * sum(p.nbytes for p in t.params) + x.nbytes + t.silent.nbytes  # weights, Adam, EMA
-    assert S.plan(cfg, d, cfg.shards, dead=own_dead / n)["bytes"]["peak"] == pytest.approx(peak + lasting, rel=0.1)
+    assert 1e9 * S.plan(cfg, d, cfg.shards, dead=own_dead / n)["peak"][0] == pytest.approx(peak + lasting, rel=0.1)
 
 
 def test_the_plan_on_the_command_line(capsys):
     S.main(["--plan", "--n_latents", "16777216", "--k", "256", "--d_model", "12288", "--world", "512", "--shards", "64"])
     text = capsys.readouterr().out
-    assert "8 replicas x 64 shards" in text and "Adam                             51.542 GB" in text  # 2 * 4 bytes * (2 d + 1) n / 64
+    assert "8 replicas x 64 shards" in text and re.search(r"Adam +51\.542 GB", text)  # 2 * 4 bytes * (2 d + 1) n / 64
     with pytest.raises(ValueError, match="must divide"):
         S.main(["--plan", "--n_latents", "1000", "--world", "6", "--shards", "4"])
     with pytest.raises(ValueError, match="three positive numbers"):
@@ -954,7 +1010,7 @@ def test_meshes_that_cannot_be(tmp_path):
         S.resolve(S.Config(accumulate=0), 16, 10**6)
     with pytest.raises(ValueError, match="TopK only"):
         S.resolve(S.Config(shards=2, l1=0.1), 16, 10**6)
-    with pytest.raises(ValueError, match="cannot be cut into 1 replicas times 3 parts"):
+    with pytest.raises(ValueError, match="cannot be cut into 1 processes times 3 parts"):
         S.train(tiny_config(tmp_path, accumulate=3), planted_batches)
 
 
@@ -1351,13 +1407,13 @@ def test_density_by_hand():
 def test_downstream_at_both_ends(model_file, acts_dir):
     model, _ = harvest.load_model(str(model_file))
     tokens = harvest.Acts(acts_dir, "val")[np.arange(6)][0]
-    perfect = evals.downstream(Everything.make(16), model, tokens, 1, "resid_post_mlp")
+    perfect = evals.downstream(Everything.make(16), evals.Site(model, 1, "resid_post_mlp"), tokens)
     assert abs(perfect["delta_ce"]) < 1e-5 and abs(perfect["kl"]) < 1e-5
     assert perfect["recovered_mean"] == pytest.approx(1, abs=1e-3) and perfect["recovered_zero"] == pytest.approx(1, abs=1e-3)
     assert perfect["ce"] == pytest.approx(harvest.lm_loss(model, tokens).item(), rel=1e-5)
-    identity = evals.downstream(lambda a: a, model, tokens, 1, "resid_post_mlp")
+    identity = evals.downstream(lambda a: a, evals.Site(model, 1, "resid_post_mlp"), tokens)
     assert identity["delta_ce"] == 0 and identity["kl"] == 0 and identity["compute_equivalent"] == 1
-    zero = evals.downstream(torch.zeros_like, model, tokens, 1, "resid_post_mlp")
+    zero = evals.downstream(torch.zeros_like, evals.Site(model, 1, "resid_post_mlp"), tokens)
     assert zero["recovered_zero"] == 0 and zero["ce_sae"] == zero["ce_zero"] and zero["kl"] > 0
 
 
@@ -1417,7 +1473,7 @@ def test_replacements_may_be_tensors(model_file, acts_dir):
     model, _ = harvest.load_model(str(model_file))
     tokens = harvest.Acts(acts_dir, "val")[np.arange(6)][0]
     acts = harvest.activations(model, tokens, 1, "resid_post_mlp")
-    per = evals.patched_losses(model, tokens, 1, "resid_post_mlp", {"same": acts, "half": acts / 2, "function": lambda a: a / 2})
+    per = evals.patched_losses(evals.Site(model, 1, "resid_post_mlp"), tokens, {"same": acts, "half": acts / 2, "function": lambda a: a / 2})
     assert per["delta_same"].abs().max() < 1e-5 and per["kl_same"].abs().max() < 1e-5
     assert torch.allclose(per["ce_half"], per["ce_function"]) and per["ce"].shape == (6,)
 
@@ -1428,11 +1484,11 @@ def test_replacements_may_be_tensors(model_file, acts_dir):
 def test_time_k_at_both_ends(model_file, acts_dir):
     model, _ = harvest.load_model(str(model_file))
     tokens, x = harvest.Acts(acts_dir, "val")[np.arange(6)]
-    r = evals.test_time_k(Everything.make(16), x.float(), model, tokens, 1, "resid_post_mlp")
+    r = evals.test_time_k(Everything.make(16), evals.Site(model, 1, "resid_post_mlp"), tokens, x.float())
     assert r["at"] == [1, 2, 4, 8, 16, 32] and sorted(r["nmse"], reverse=True) == r["nmse"]
     assert r["nmse"][-2] < 1e-6 and abs(r["delta_ce"][-2]) < 1e-4 and r["nmse"][0] > 0.1
     m = make_sae(16, 50, 3, dtype=torch.float32)
-    r = evals.test_time_k(m, x.float(), model, tokens, 1, "resid_post_mlp")
+    r = evals.test_time_k(m, evals.Site(model, 1, "resid_post_mlp"), tokens, x.float())
     assert r["at"] == [1, 2, 3, 4, 8, 12]
     assert r["nmse"][2] == pytest.approx(evals.reconstruction(m, x.float())["nmse"])
 
@@ -1444,6 +1500,7 @@ def test_threshold_keeps_k_on_average(d, n, k, seed):
     u = S.normalize(randn(50, d, seed=seed + 1))[0]
     u[0] *= 100  # a busy token must not be cut short
     dense = to_dense(*(c.detach() for c in m.encode(u, n)), n)
+    m.normalized = False  # u is what it sees
     theta = evals.calibrate_threshold(m, u)
     wanted = min(k * len(u), int((dense > 0).sum()))
     assert (dense > theta).sum() == wanted
@@ -1550,7 +1607,7 @@ def test_text_features_are_means_over_tokens(model_file):
     model, encoding = harvest.load_model(str(model_file))
     m = make_sae(16, 20, 2, dtype=torch.float32)
     texts = ["def f(x):\n    return x " * 9, "x", "print(3)"]
-    tasks = list(evals.text_tasks(m, model, encoding, {"t": (texts, [0, 1, 1])}, 1, "resid_post_mlp", length=16, batch=2))
+    tasks = list(evals.text_tasks(m, evals.Site(model, 1, "resid_post_mlp"), encoding, {"t": (texts, [0, 1, 1])}, length=16, batch=2))
     (name, x, u, y) = tasks[0]
     assert name == "t" and y.tolist() == [0, 1, 1]
     for i, text in enumerate(texts):
@@ -1666,22 +1723,23 @@ def token_world(V=12, d=16, T=8):
 
 def test_a_latent_for_one_token_is_explained_perfectly():
     model, sae, tokens = token_world()
-    x = harvest.activations(model, tokens, 0, "resid_post_mlp")
-    found = evals.explain(sae, model, tokens[:40], x[:40], 0, "resid_post_mlp", PAD)
+    site = evals.Site(model, 0, "resid_post_mlp")
+    x = site.acts(tokens)
+    found = evals.explain(sae, site, tokens[:40], x[:40], PAD)
     assert {i: e.patterns for i, e in found.items()} == {i: [((i,), pytest.approx(1.0, rel=1e-4))] for i in range(12)}
     r = evals.n2g(sae, found, tokens[20:], x[20:], examples=8)
     assert r["precision"] == r["recall"] == 1 and r["latents"] == 12 and r["skipped"] == 0
     assert evals.n2g(sae, found, tokens[:2], x[:2], examples=2)["skipped"] > 0
-    full = evals.explanation_reconstruction(sae, model, found, tokens[:40], x[:40], tokens[40:], 0, "resid_post_mlp", bigram=2.0)
+    full = evals.explanation_reconstruction(sae, site, tokens[40:], found, tokens[:40], x[:40], bigram=2.0)
     assert abs(full["delta_ce"]) < 1e-4 and abs(full["ce_without_latents"] - full["ce"]) > 1 and full["explained"] == 12 and full["bigram"] == 2.0
-    none = evals.explanation_reconstruction(sae, model, {}, tokens[:40], x[:40], tokens[40:], 0, "resid_post_mlp")
+    none = evals.explanation_reconstruction(sae, site, tokens[40:], {}, tokens[:40], x[:40])
     assert none["ce"] == none["ce_without_latents"] and none["explained"] == 0
     # predictions of any size are scaled back to the activations by E[s a] / E[s^2]
     wrong = {i: evals.N2G([(p, 7.0) for p, _ in e.patterns]) for i, e in found.items()}
-    scaled = evals.explanation_reconstruction(sae, model, wrong, tokens[:40], x[:40], tokens[40:], 0, "resid_post_mlp")
+    scaled = evals.explanation_reconstruction(sae, site, tokens[40:], wrong, tokens[:40], x[:40])
     assert scaled["ce"] == pytest.approx(full["ce"], abs=1e-5)
-    few = evals.explain(sae, model, tokens[:40], x[:40], 0, "resid_post_mlp", PAD, most=5)
-    assert len(few) == 5 and few.keys() == evals.explain(sae, model, tokens[:40], x[:40], 0, "resid_post_mlp", PAD, most=5).keys()
+    few = evals.explain(sae, site, tokens[:40], x[:40], PAD, most=5)
+    assert len(few) == 5 and few.keys() == evals.explain(sae, site, tokens[:40], x[:40], PAD, most=5).keys()
     assert evals.N2G([((evals.START, ord("a"), evals.WILDCARD, 10), 2.0)]).readable(harvest.bpe_encoding([])) == ['^ "a" * "\\n"  (2.000)']
 
 
@@ -1691,7 +1749,7 @@ def test_last_token_acts_are_the_codes_own(model_file, acts_dir):
     rows = harvest.Acts(acts_dir, "val")[np.arange(5)][0].tolist()
     asked = [((i, 0), row[: 1 + (3 * i + j) % 15]) for i in range(30) for j, row in enumerate(rows)]
     for budget in (16, 10**6):
-        answers = evals.last_token_acts(m, model, 1, "resid_post_mlp", asked, budget)
+        answers = evals.last_token_acts(m, evals.Site(model, 1, "resid_post_mlp"), asked, budget)
         for ((i, _), ids), a in zip(asked, answers):
             z = to_dense(*m.encode(S.normalize(model.acts(torch.tensor([ids]), 1, "resid_post_mlp")[0, -1:])[0]), 30)
             assert a == pytest.approx(z[0, i].item(), abs=1e-5)
@@ -1718,7 +1776,7 @@ def test_ablation_sparsity_against_a_loop(model_file, acts_dir):
     model, _ = harvest.load_model(str(model_file))
     m = make_sae(16, 30, 4, dtype=torch.float32)
     row = harvest.Acts(acts_dir, "val")[np.arange(1)][0][:, :6]  # one context of T tokens: the position can only be 0
-    r = evals.ablation_sparsity(m, model, row, 1, "resid_post_mlp", T=6, samples=1, directions=16)
+    r = evals.ablation_sparsity(m, evals.Site(model, 1, "resid_post_mlp"), row, T=6, samples=1, directions=16)
     act = model.acts(row, 1, "resid_post_mlp")[0, 0]
     u, _, norm = S.normalize(act)
     values, indices = m.encode(u[None])
@@ -1745,7 +1803,7 @@ def test_ablation_of_a_token_without_active_latents(model_file, acts_dir):
     m = make_sae(16, 30, 4, dtype=torch.float32)
     with torch.no_grad():
         m.b_enc.fill_(-100)
-    r = evals.ablation_sparsity(m, model, harvest.Acts(acts_dir, "val")[np.arange(2)][0], 1, "resid_post_mlp", samples=2)
+    r = evals.ablation_sparsity(m, evals.Site(model, 1, "resid_post_mlp"), harvest.Acts(acts_dir, "val")[np.arange(2)][0], samples=2)
     assert math.isnan(r["latents"]) and r["ablations"] == 0 and r["channels"] > 0
 
 
@@ -1853,16 +1911,16 @@ def test_power_law_recovers_planted_constants():
 def test_metrics_do_not_depend_on_the_order_of_latents(model_file, acts_dir, seed):
     model, encoding = harvest.load_model(str(model_file))
     tokens, x = harvest.Acts(acts_dir)[np.arange(30)]
-    x, place = x.float(), (1, "resid_post_mlp")
+    x, site = x.float(), evals.Site(model, 1, "resid_post_mlp")
     m, p, order = *(make_sae(16, 40, 3, dtype=torch.float32) for _ in range(2)), torch.randperm(40, generator=gen(seed))
     with torch.no_grad():
         for w in (p.W_enc, p.W_dec, p.b_enc):
             w.copy_(w[order])
 
     def explained(sae):
-        found = evals.explain(sae, model, tokens[:15], x[:15], *place, PAD, examples=4)
+        found = evals.explain(sae, site, tokens[:15], x[:15], PAD, examples=4)
         measured = evals.n2g(sae, found, tokens[15:], x[15:], examples=4)
-        return {key: v for key, v in measured.items() if key != "per_latent"} | evals.explanation_reconstruction(sae, model, found, tokens[:15], x[:15], tokens[15:], *place)
+        return {key: v for key, v in measured.items() if key != "per_latent"} | evals.explanation_reconstruction(sae, site, tokens[15:], found, tokens[:15], x[:15])
 
     metrics = {
         "reconstruction": lambda sae: evals.reconstruction(sae, x),
@@ -1870,15 +1928,15 @@ def test_metrics_do_not_depend_on_the_order_of_latents(model_file, acts_dir, see
         "density": lambda sae: {k: v for k, v in evals.density(sae, x.flatten(0, 1)).items() if not isinstance(v, dict)},
         "densest": lambda sae: evals.dense_latents(sae, x, tokens, top=1)["densest"][0] | {"latent": 0},
         "positions": lambda sae: evals.positions(sae, x),
-        "downstream": lambda sae: evals.downstream(sae, model, tokens, *place),
-        "test_time_k": lambda sae: evals.test_time_k(sae, x, model, tokens, *place),
-        "fixed_threshold": lambda sae: evals.fixed_threshold(sae, x[:15], x[15:], model, tokens, *place),
+        "downstream": lambda sae: evals.downstream(sae, site, tokens),
+        "test_time_k": lambda sae: evals.test_time_k(sae, site, tokens, x),
+        "fixed_threshold": lambda sae: evals.fixed_threshold(sae, site, tokens, x[:15], x[15:]),
         "probes": lambda sae: {k: v for k, v in evals.probes(sae, evals.token_tasks(sae, x, tokens, encoding, least=8)).items() if k != "per_task"},
         "n2g": explained,
-        "ablation_sparsity": lambda sae: evals.ablation_sparsity(sae, model, tokens, *place, T=4, samples=3),
+        "ablation_sparsity": lambda sae: evals.ablation_sparsity(sae, site, tokens, T=4, samples=3),
         "refinement": lambda sae: evals.refinement(sae, x),
     }
-    assert {"densest" if name == "dense_latents" else name for name in evals.QUICK + evals.SLOW} - {"explanation_reconstruction"} == metrics.keys()
+    assert {"densest" if name == "dense_latents" else name for name in evals.METRICS} - {"explanation_reconstruction"} == metrics.keys()
     for name, metric in metrics.items():
         a, b = metric(m), metric(p)
         for key in a:
@@ -1985,7 +2043,7 @@ def test_all_metrics_from_the_command_line_and_only_what_is_missing(run_dir, act
     monkeypatch.setattr(evals, "downstream", None), monkeypatch.setattr(evals, "fixed_threshold", None)  # neither is computed again
     evals.main([str(run_dir), "--device", "cpu", "--all"])
     out, results = capsys.readouterr().out, json.loads(file.read_text())
-    assert {*evals.QUICK, *evals.SLOW} <= results.keys() and all(results[name] == before[name] for name in before)
+    assert evals.METRICS.keys() <= results.keys() and all(results[name] == before[name] for name in before)
     for text in ("N2G recall", "ΔCE at k' = 16", "probe loss, best channel", "at its own position alone", "CE of a bigram model", "± ", "latents explained"):
         assert text in out
     patterns = {int(i): e["patterns"] for i, e in json.loads(n2g.read_text())["latents"].items()}
@@ -2110,7 +2168,7 @@ def planted_page(tmp_path_factory):
         m.b_enc[7] = -(z[here].min() + z[~here].max()) / 2
         m.W_enc[7] *= 50
         m.b_enc[7] *= 50
-    page = evals.report(m, model, encoding, tokens, x, 1, "resid_post_mlp")
+    page = evals.report(m, evals.Site(model, 1, "resid_post_mlp"), tokens, x, encoding)
     path = tmp_path_factory.mktemp("report") / "report.html"
     extra = {"about": "<b>about</b>", "metrics": [["NMSE", 0.5, math.nan, "", "1 token"]], "tasks": [["digits", 0.1, 0.2, 0.7]], "dense": [[7, 0.1, 0.0, 0.0, 0.0]], "plots": {}, "curves": {n: [] for n in ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")}}
     evals.write_report(path, page | extra | {"runs": [], "n2g": {"7": [1.0, 0.5]}, "patterns": {"7": ['"</script>"  (1.000)']}})
