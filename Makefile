@@ -1,9 +1,9 @@
-# make run     the whole job on the embedded model: install, harvest, train, evaluate, write a page to open in a browser.
-#                About ten minutes on two CPU cores.
+# make run     the whole job on the embedded model: install, harvest, train, evaluate, write a page to open in a browser
 # make test    the tests
 # make gpt2    the paper's setting: GPT-2 small, layer 8, n = 32768, k = 32, activations streamed (needs CUDA and a download)
-# make bench   tokens/s of a training step and its parts against the encoder product alone, at three sizes
-# make clean   remove everything generated except the virtual environment and downloads (cache/)
+# make bench   tokens/s of a training step, its parts and the plain objective, at three sizes
+# make peers   the same beside sparsify, SAELens and dictionary_learning, which are installed into an environment of their own
+# make clean   remove everything generated except the virtual environments and downloads (cache/)
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -16,12 +16,14 @@ test: .venv/ready
 	$(PY) -m pytest -q test_sae.py
 
 gpt2: .venv/ready
-	test -e runs/gpt2_n32768_k32/sae.pt || $(PY) sae.py --n_latents 32768 --k 32 --model gpt2 --stream --out runs/gpt2_n32768_k32 \
-	    $$(test ! -e runs/gpt2_n32768_k32/checkpoint.pt || echo --resume)
+	test -e runs/gpt2_n32768_k32/sae.pt || $(PY) sae.py --n_latents 32768 --k 32 --model gpt2 --stream --resume --out runs/gpt2_n32768_k32
 	$(PY) evals.py runs/gpt2_n32768_k32 --report
 
 bench: .venv/ready
-	@for n in 32768 131072 524288; do $(PY) sae.py --n_latents $$n --k 32 --bench; done
+	@for n in 32768 131072 524288; do $(PY) test_sae.py --bench --n_latents $$n; done
+
+peers: .venv-peers/ready
+	@.venv-peers/bin/python test_sae.py --bench --peers
 
 # Each step is skipped when its result is there, and continues where it was interrupted.
 .venv/ready: requirements.txt
@@ -29,14 +31,20 @@ bench: .venv/ready
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
+.venv-peers/ready: requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement requirements.txt eai-sparsify==1.3.3 sae-lens==6.54.12 dictionary-learning==0.1.0
+	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision  # comes with a peer, unused; it may not fit a CPU build of torch
+	@touch $@
+
 acts/ready: .venv/ready
 	$(PY) harvest.py --model stdlib --out acts
 	@touch $@
 
 $(RUN)/sae.pt: acts/ready
-	$(PY) sae.py --n_latents 32768 --k 32 --tokens 2500000 --out $(RUN) $$(test ! -e $(RUN)/checkpoint.pt || echo --resume)
+	$(PY) sae.py --n_latents 32768 --k 32 --tokens 2500000 --resume --out $(RUN)
 
 clean:
 	rm -rf acts runs .pytest_cache .hypothesis __pycache__
 
-.PHONY: run test gpt2 bench clean
+.PHONY: run test gpt2 bench peers clean

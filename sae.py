@@ -239,7 +239,8 @@ SAE.save, SAE.load, SAE.from_openai = save, classmethod(load), classmethod(from_
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. A step: `objective` and its gradients, made from what a `Sparse` (section 3) selects
+# 2. A step
+# `objective` and its gradients, made from what a `Sparse` (section 3) selects.
 
 def losses(sae, u, c, aux, multi_topk=False):
     """u (B, d) -> (loss, NMSE, residual e (B, d), values, indices (B, k)), all but loss detached.
@@ -345,10 +346,11 @@ class Trainer:
             loss, nmse, e, values, indices = relu_losses(self.sae, u, self.c, cfg.l1)
         else:
             loss, nmse, e, values, indices = losses(self.sae, u, self.c, aux, cfg.multi_topk)
-        fires, precise = values > 0, {"dtype": torch.double}
+        fires, mean = values > 0, e.mean(0)
         fired.scatter_reduce_(0, indices.flatten(), fires.flatten().long(), "amax")
-        counted = {"loss": loss.detach(), "nmse": nmse, "l0": fires.sum(1).mean(**precise)}
-        counted |= {"square": e.square().mean(**precise), "mean": e.mean(0, **precise)}
+        counted = {"loss": loss.detach(), "nmse": nmse, "l0": fires.sum(1).double().mean()}
+        counted["mean"] = mean
+        counted["square"] = mean.double().square().mean() + (e - mean).square().mean()
         for name, number in counted.items():
             tally[name] = tally.get(name, 0.0) + share * number.double()
         return loss
@@ -406,8 +408,9 @@ class Trainer:
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Fast: exact TopK in two stages, three sparse operations, and `Sparse`, made of them: the same
-# numbers, no (B, n) matrix in autograd, and nothing of size (B, k, d) ever
+# 3. Fast
+# Exact TopK in two stages, three sparse operations, and `Sparse`, made of them: the same numbers,
+# no (B, n) matrix in autograd, and nothing of size (B, k, d) ever.
 
 DENSE = {"cpu": 2**24, "cuda": 2**29}  # pre-activations at once: 32 MB and 1 GB in bf16
 NARROW = {"cpu": 3, "cuda": 16}  # a dense product is faster if n is at most so many times k
@@ -428,7 +431,7 @@ def topk_twin(x, k, group=64):
     """x (B, n) -> values, indices (B, k). The k largest lie in the k groups of the largest maxima:
     one streaming pass finds those; what is left is small, and is searched the same way."""
     n = x.shape[1]
-    while group > 4 and (n % group or n <= 4 * k * group):
+    while group > 4 and (n % group or n < 4 * k * group or not k):
         group //= 2
     if group <= 4:
         return x.topk(k, dim=-1, sorted=False)
@@ -447,8 +450,8 @@ def topk_twin(x, k, group=64):
 
 class Support:
     """Where the values of a code are, indices (B, k) among n latents, and what is done with them:
-    by a kernel on CUDA, elsewhere by its twin in plain PyTorch, and as a dense matrix where the code
-    is not so sparse (AuxK's with few dead latents)."""
+    by a kernel on CUDA, elsewhere by its twin in plain PyTorch, and as a dense matrix where it is
+    not so sparse (AuxK's with few dead latents)."""
     def __init__(self, indices, n):
         self.indices, self.n = indices, n
 
@@ -779,8 +782,9 @@ def scatter_sum_kernel(values, order, starts, G, k, piece=128):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Large: replicas, each with its part of every batch, times shards, each with its part of the
-# latents (section 8). The same numbers; alone, every function gives back what it got.
+# 4. Large
+# Replicas, each with its part of every batch, times shards, each with its part of the latents
+# (section 8): the same numbers. Alone, every function gives back what it got.
 
 class Mesh:
     """This process among replicas x shards, and how they talk."""
@@ -1204,7 +1208,8 @@ def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. The command: the fields of Config are its options; one left at `auto` is chosen by `resolve`
+# 6. The command
+# The fields of Config are its options; one left at `auto` is chosen by `resolve`.
 
 PAPER_BATCH = 131_072
 
@@ -1336,14 +1341,15 @@ def plan(cfg, d, world=1, speeds=(790, 4300, 50), dead=0.05):
     return out | {"a billion tokens": (sum(seconds.values()) / cfg.batch / 3.6e-6, "hours")}
 
 def show_plan(cfg, a):
-    speeds = [float(x) for x in a.speeds.split(",")]
+    number = lambda x: float(x) if x.replace(".", "", 1).isdigit() else 0.0
+    speeds = [number(x) for x in a.speeds.split(",")]
     if len(speeds) != 3 or min(*speeds, a.world, a.d_model - 1) <= 0:
         raise ValueError(f"--speeds {a.speeds} --world {a.world} --d_model {a.d_model}: give three "
                          "positive numbers, such as 790,4300,50, and positive sizes")
     cfg = resolve(dataclasses.replace(cfg, device=cfg.device or "cuda"), a.d_model, 10**9)
     rows = plan(cfg, a.d_model, a.world, speeds)
-    print(f"n {cfg.n_latents:,}, k {cfg.k}, d {a.d_model}, batch {cfg.batch:,}, {cfg.precision}, 5 % "
-          f"dead; {a.world // cfg.shards} replicas x {cfg.shards} shards; speeds {a.speeds}")
+    print(f"n {cfg.n_latents:,}, k {cfg.k}, d {a.d_model}, batch {cfg.batch:,}, {cfg.precision}, "
+          f"5 % dead; {a.world // cfg.shards} replicas x {cfg.shards} shards; speeds {a.speeds}")
     print("\n".join(f"  {name:<24} {x:>12.3f} {unit}" for name, (x, unit) in rows.items()))
 
 def main(argv=None):
@@ -1373,8 +1379,8 @@ def main(argv=None):
         print(f"{meta['model']}, layer {meta['layer']}, {meta['site']}: {cfg.tokens:,} tokens, "
               f"d {meta['d_model']}, n {cfg.n_latents}, k {cfg.k}, batch {cfg.batch}, "
               f"lr {cfg.lr:.2g}, ema {cfg.ema:.4g}, dead after {cfg.dead_tokens:,} tokens, "
-              f"{cfg.precision} on {cfg.device}, {mesh.replicas} x {mesh.shards} processes, into {cfg.out}",
-              file=sys.stderr)
+              f"{cfg.precision} on {cfg.device}, {mesh.replicas} x {mesh.shards} processes, "
+              f"into {cfg.out}", file=sys.stderr)
     share, place = cfg.batch // mesh.world, (cfg.device, mesh.rank, mesh.world)
     batches = lambda step: data.batches(share, cfg.seed, step, *place)
     train(cfg, batches, val, where, mesh=mesh)

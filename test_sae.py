@@ -2,16 +2,23 @@
 test_sae.py: the properties that the three scripts promise, against independent oracles.
 
     make test        or        pytest -q test_sae.py
+    make bench       or        python test_sae.py --bench; the bench is its last section
 
 Oracles: plain autograd in float64 for gradients, torch.topk for selection, loops in numpy for GPT-2, formulas written out
 here for OpenAI's conversion, planted truths for metrics. Nothing is downloaded; every file goes into a temporary directory.
 """
 
+import argparse
+import ast
 import base64
+import contextlib
 import dataclasses
+import functools
 import gzip
 import html
+import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -20,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +95,49 @@ def sizes(draw):
     """(d, n, k, B) with the corners: one latent, k = n, odd widths, one token."""
     d, n = draw(st.integers(2, 19)), draw(st.integers(1, 70))
     return d, n, draw(st.sampled_from(sorted({1, min(3, n), n}))), draw(st.integers(1, 33))
+
+
+# ---------------------------------------------------------------------------------- what one pastes
+
+SECTION_1 = (HERE / "sae.py").read_text().split("# 1. The method\n", 1)[1].split("\n# ------", 1)[0]
+
+
+def test_the_first_section_alone_learns():
+    """Its text, in an empty namespace under the import lines of torch, with plain autograd and plain Adam."""
+    names = {}
+    exec("import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n" + SECTION_1, names)
+    torch.manual_seed(0)
+    m, x, dead = names["SAE"](16, 64, 4), planted(4096), torch.arange(0, 64, 16)
+    u = names["normalize"](x)[0]
+    names["init_from_data"](m, u)
+    adam, c = torch.optim.Adam(m.parameters(), 3e-3), (u - u.mean(0)).square().mean()
+    before = names["nmse"](m, x)
+    for batch in u.split(32):
+        adam.zero_grad()
+        names["objective"](m, batch, c, dead, 2, 1 / 32).backward()
+        adam.step()
+        m.normalize_decoder()
+    assert names["nmse"](m, x) < 0.5 * before
+    assert torch.allclose(m(x[None]), m(x)[None], atol=1e-6) and m(x[0]).shape == (16,)  # (..., d)
+
+
+@pytest.mark.parametrize("name, most", [("SAE", 60), ("objective", 110)])
+def test_what_one_pastes_is_short(name, most):
+    """The lines of a definition and of all that it names; of `objective`, with the autoencoder that it is given."""
+    body = {n.name: n for n in ast.parse(SECTION_1).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    wanted, found = [name, "SAE"], set()
+    while wanted:
+        if (one := wanted.pop()) in body and one not in found:
+            found.add(one)
+            wanted += [n.id for n in ast.walk(body[one]) if isinstance(n, ast.Name)]
+    assert "normalize" in found and sum(body[n].end_lineno - body[n].lineno + 1 for n in found) <= most
+
+
+def test_no_process_is_mentioned_above_section_4():
+    text = (HERE / "sae.py").read_text().split("# 1. The method\n")[1]
+    titles = re.findall(r"^# -{98}\n# (.*)\n", text, re.M)
+    assert titles == ["2. A step", "3. Fast", "4. Large", "5. A run", "6. The command"]
+    assert not re.findall(r"(?i)mesh|shard|replica|process|\brank|\bworld|\bdist\.", text.split("# 4. Large")[0])
 
 
 # ---------------------------------------------------------------------------------- normalisation
@@ -658,6 +709,16 @@ def test_training_learns(tmp_path):
     assert log[-1]["step"] == 300 and log[-1]["val_nmse"] < log[0]["nmse"]
     with pytest.raises(ValueError, match="already holds a run"):
         S.train(cfg, planted_batches, val)
+
+
+def test_a_program_can_have_the_log(tmp_path, capsys):
+    lines = []
+    cfg = tiny_config(tmp_path)
+    S.train(cfg, planted_batches, planted(100), log=lines.append)
+    assert [line["step"] for line in lines] == list(range(1, 41)) and lines[-1]["seconds_left"] == 0
+    assert {"nmse", "l0", "dead", "val_nmse", "tokens_per_s"} < set(lines[-1]) and "step |" not in capsys.readouterr().err
+    S.train(dataclasses.replace(cfg, out=cfg.out + "2"), planted_batches, planted(100))
+    assert "step |" in capsys.readouterr().err
 
 
 @given(seeds, st.integers(1, 39), st.booleans())
@@ -2427,3 +2488,374 @@ def test_the_real_embedded_model_beats_its_baselines(tmp_path):
     harvest.train_stdlib(tmp_path / "m.pt")
     losses = torch.load(tmp_path / "m.pt", weights_only=True)["losses"]
     assert losses["model"] < losses["bigram"] - 0.5 < losses["unigram"]
+
+
+# ---------------------------------------------------------------------------------- the bench
+#
+#     python test_sae.py --bench                      tokens/s of a step and its parts: make bench
+#     python test_sae.py --bench --peers              beside other implementations: make peers
+#     python test_sae.py --bench --peers --quality    what all of them learn from the same batches
+#
+# A peer is a function (cfg, d) -> (step, sae): step(x (B, d), bf16) -> loss is one training step by
+# its own model, loss and update, with Adam; sae has its own encode and decode.
+
+
+def autocast(device, bf16):
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+
+def sparsify(cfg, d):
+    """Its coder and loss; the step of its Trainer.fit, which wants a whole language model."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    sizes = SparseCoderConfig(num_latents=cfg.n_latents, k=cfg.k)
+    sae = SparseCoder(d, sizes, cfg.device, torch.float32)
+    adam = torch.optim.Adam(sae.parameters(), cfg.lr)
+    silent = torch.zeros(cfg.n_latents, dtype=torch.long, device=cfg.device)
+
+    def step(x, bf16=False):
+        if not adam.state:  # the first step
+            sae.b_dec.data = x.mean(0)
+        sae.set_decoder_norm_to_unit_norm()
+        with autocast(cfg.device, bf16):
+            out = sae(x, dead_mask=silent > cfg.dead_tokens)
+            loss = out.fvu + cfg.aux_coef * out.auxk_loss
+        loss.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+        silent.add_(len(x))[out.latent_indices.flatten()] = 0
+        return loss.item()
+
+    return step, sae
+
+
+def sae_lens(cfg, d):
+    """Its trainer, with the defaults of its autoencoder."""
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    sizes = TopKTrainingSAEConfig(d_in=d, d_sae=cfg.n_latents, k=cfg.k, device=cfg.device)
+    run = SAETrainerConfig(cfg.tokens, cfg.batch, cfg.lr, lr_end=cfg.lr, device=cfg.device)
+    run.dead_feature_window = cfg.dead_tokens // cfg.batch
+    trainer = SAETrainer(run, TopKTrainingSAE(sizes), iter(()))
+
+    def step(x, bf16=False):
+        trainer.autocast_if_enabled = autocast(cfg.device, bf16)
+        trainer.n_training_steps += 1
+        return trainer.step(x).loss.item()
+
+    return step, trainer.sae
+
+
+def dictionary_learning(cfg, d):
+    """Its trainer, at a constant learning rate as the others."""
+    from dictionary_learning.trainers import TopKTrainer
+
+    sizes = cfg.tokens // cfg.batch, d, cfg.n_latents, cfg.k
+    rate = {"lr": cfg.lr, "warmup_steps": 0}
+    trainer = TopKTrainer(*sizes, layer=0, lm_name="", device=cfg.device, **rate)
+    trainer.dead_feature_threshold = cfg.dead_tokens
+    steps = itertools.count()
+
+    def step(x, bf16=False):
+        with autocast(cfg.device, bf16):  # around the whole update, as in its trainSAE
+            return trainer.update(next(steps), x)
+
+    return step, trainer.ae
+
+
+PEERS = {"sparsify": sparsify, "sae_lens": sae_lens, "dictionary_learning": dictionary_learning}
+
+
+def installed(device):
+    """The PEERS that can be imported; a line on stderr for each other. UserError without any."""
+    if not device.startswith("cuda"):
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # without a GPU it would be interpreted
+    found = {}
+    for name, peer in PEERS.items():
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                importlib.import_module(name)
+            found[name] = peer
+        except Exception as e:  # each imports half the world, which fails in many ways
+            print(f"{name} is left out: {e}".splitlines()[0], file=sys.stderr)
+    if not found:
+        raise harvest.UserError("no peer can be imported; install and time them with: make peers")
+    return found
+
+
+def our_turns(cfg, x, fp32):
+    """{name: (tokens, function)}: the encoder's product, our step (fp32: also so), its parts."""
+    B, d = x.shape
+    n, k = cfg.n_latents, cfg.k
+    sae = S.Sparse(d, n, k).to(cfg.device)
+    trainer = S.Trainer(cfg, sae, 1 / d)
+    dtype = sae.product_dtype
+    dead = torch.randperm(n, device=cfg.device)[: n // 20]
+    u = S.normalize(x)[0]
+    values, support = sae.select(u, k)[0]
+    W_dec = sae.W_dec.detach()
+    W_enc = sae.W_enc.detach().to(dtype or u.dtype)
+    chunks = u.to(W_enc.dtype).split(max(1, S.DENSE[u.device.type] // n))
+    pre_acts = F.linear(chunks[0], W_enc)
+
+    def product():
+        for chunk in chunks:
+            F.linear(chunk, W_enc)
+
+    def step(n_dead=0, dtype=dtype):
+        sae.product_dtype = dtype
+        trainer.silent.zero_()
+        trainer.silent[dead[:n_dead]] = 2 * cfg.dead_tokens
+        trainer.n_dead = trainer.own_dead = n_dead
+        trainer.step(x)
+
+    def gradients():
+        unsorted = S.Support(support.indices, n)
+        unsorted.gather_dot(u, W_dec)
+        unsorted.scatter_sum(values, u)
+        unsorted.scatter_sum(values, u)
+
+    turns = {
+        "encoder product alone": (B, product),
+        "step, nothing dead": (B, step),
+        "step, 5 % dead (AuxK)": (B, lambda: step(len(dead))),
+        "part: topk": (len(pre_acts), lambda: S.topk(pre_acts, k)),
+        "part: decode": (B, lambda: support.gather_sum(values, W_dec)),
+        "part: sparse gradients": (B, gradients),
+        "part: optimizer": (B, trainer.update),
+    }
+    if fp32:
+        turns["step, nothing dead, fp32"] = B, lambda: step(0, None)
+    return turns
+
+
+class Plain(S.SAE):
+    """With the encoder as one would first have it in bf16."""
+
+    def encode(self, u):
+        with autocast(u.device, True):
+            values, indices = super().encode(u)
+        return values.float(), indices
+
+
+def plain_step(cfg, x):
+    """The step as one would first write it: `objective`, autograd, Adam."""
+    kind = Plain if cfg.precision == "bf16" else S.SAE
+    sae = kind(x.shape[1], cfg.n_latents, cfg.k).to(cfg.device)
+    adam = torch.optim.Adam(sae.parameters(), 1e-4, fused=True)
+
+    def step():
+        adam.zero_grad()
+        S.objective(sae, S.normalize(x)[0], 1 / x.shape[1], dead=[], k_aux=0, alpha=0).backward()
+        with torch.no_grad():
+            sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
+        adam.step()
+        sae.normalize_decoder()
+
+    return step
+
+
+def their_turns(cfg, x):
+    """The steps of the peers, in fp32 and, where that is our precision, under bf16 autocast."""
+    turns = {}
+    for name, peer in installed(cfg.device).items():
+        step, _ = peer(cfg, x.shape[1])
+        if name != "sparsify" or not x.is_cuda:  # there it is in bf16 anyway
+            turns[f"{name}, fp32"] = len(x), functools.partial(step, x)
+        if cfg.precision == "bf16":
+            turns[f"{name}, bf16"] = len(x), functools.partial(step, x, bf16=True)
+    return turns
+
+
+def memory(cuda):
+    """Bytes: the peak so far, of the device on CUDA, else of the process; and what is free."""
+    if cuda:
+        return torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    known = "SC_AVPHYS_PAGES" in os.sysconf_names  # not on macOS
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else math.inf
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, free
+
+
+def processor(cuda):
+    if cuda:
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return f"{[*names, 'CPU'][0]}, {torch.get_num_threads()} threads"
+
+
+def bench(a, cfg):
+    """Print tokens/s on random data: medians of rounds in which all take turns. The peak of memory
+    is that of our own turns."""
+    from torch.utils.benchmark import timer  # it waits for the GPU
+
+    n, cuda = cfg.n_latents, cfg.device.startswith("cuda")
+    batch = cfg.batch or (S.PAPER_BATCH if cuda else max(512, 2**27 // n))
+    cfg = S.resolve(dataclasses.replace(cfg, batch=batch, tokens=10**10), a.d, 0)
+    dense = 2**30 if cuda else 2**27  # pre-activations of the baseline at once
+    wanted = 4 * 22 * a.d * n + 10 * batch * (cfg.k + a.d) * 4 + 12 * dense
+    if a.peers:  # each has weights, gradients and Adam's moments; in turn they have dense codes
+        wanted += len(PEERS) * 32 * a.d * n + 24 * batch * n
+    free = memory(cuda)[1]
+    if wanted > free:
+        sizes = f"about {wanted / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+        return print(f"n {n}: needs {sizes}; left out")
+    torch.manual_seed(cfg.seed)
+    x = torch.randn(batch, a.d, device=cfg.device)
+    plain = x[: max(1, dense // n)]
+    turns = our_turns(cfg, x, fp32=a.peers and cfg.precision == "bf16")
+    for _, f in turns.values():
+        f()
+    known = {"device": processor(cuda), "torch": torch.__version__, "n_latents": n, "k": cfg.k}
+    known |= {"d": a.d, "batch": batch, "precision": cfg.precision}
+    known["peak_gb"] = memory(cuda)[0] / 1e9
+    turns["plain objective + autograd"] = len(plain), plain_step(cfg, plain)
+    if a.peers:
+        turns |= their_turns(cfg, x)
+    seconds = {name: [] for name in turns}
+    for _ in range(a.rounds + 1):  # the first warms up
+        for name, (tokens, f) in turns.items():
+            start = timer()
+            f()
+            seconds[name].append((timer() - start) / tokens)
+    show_rates(known, {name: 1 / float(np.median(t[1:])) for name, t in seconds.items()}, a.json)
+
+
+def show_rates(known, rates, as_json):
+    """rates: {name: tokens/s}. A peer is compared with our step in its own precision."""
+    floor, whole = rates["encoder product alone"], rates["step, nothing dead"]
+    ours = {"fp32": rates.get("step, nothing dead, fp32", whole), "bf16": whole}
+    theirs = [name for name in rates if name.startswith(tuple(PEERS))]
+    ratio = {name: ours[name.rpartition(", ")[2]] / rates[name] for name in theirs}
+    if as_json:
+        return print(json.dumps(known | {"tokens_per_s": rates, "ours_over_theirs": ratio}))
+    sizes = "n {n_latents}, k {k}, d {d}, batch {batch}, {precision}, {device}, torch {torch}"
+    print(sizes.format(**known) + f"; peak memory {known['peak_gb']:.1f} GB")
+    for name, rate in rates.items():
+        share = f"{rate / floor:6.1%} of the product's rate"
+        if name.startswith("part") or rate == floor:
+            share = f"{whole / rate:6.1%} of the step"
+        if name in ratio:
+            share = f"{ratio[name]:5.2f} x  ours / theirs"
+        print(f"  {name:<28} {rate:>13,.0f} tokens/s   {share}")
+
+
+def learned(name, a, cfg, train, val):
+    """sae.py or a peer, trained on the same batches -> its autoencoder, the norm of its inputs."""
+    batches = lambda step: train.batches(cfg.batch, cfg.seed, step, cfg.device)
+    if name == "sae.py":
+        with tempfile.TemporaryDirectory() as folder:
+            return S.train(dataclasses.replace(cfg, out=f"{folder}/run"), batches, val), 1.0
+    torch.manual_seed(cfg.seed)
+    norm = train.d_model**0.5
+    steps = cfg.tokens // cfg.batch
+    theirs = dataclasses.replace(cfg, lr=a.lr, dead_tokens=cfg.tokens // 20)
+    step, sae = PEERS[name](theirs, train.d_model)
+    progress = harvest.Progress(steps, name)
+    for i, x in enumerate(itertools.islice(batches(0), steps), 1):
+        progress(i, f"loss {step(S.normalize(x.float())[0] * norm):.4f}")
+    progress.finish()
+    return sae, norm
+
+
+@torch.no_grad()
+def judge(sae, norm, u, n):
+    """-> NMSE of normalised u (N, d), given with that norm; how many latents fire on none of it."""
+    error, fires = 0.0, 0
+    for part in u.split(2048):
+        code = sae.encode(part * norm)
+        if torch.is_tensor(code):  # (B, n)
+            code, fired = (code,), (code > 0).sum(0)
+        else:  # values and indices (B, k); sparsify adds the pre-activations
+            code, fired = code[:2], code[1][code[0] > 0].bincount(minlength=n)
+        error += (part - sae.decode(*code) / norm).square().sum().item()
+        fires += fired
+    return error / (u - u.mean(0)).square().sum().item(), int((fires == 0).sum())
+
+
+def quality(a, cfg):
+    """Print what sae.py, with its defaults, and the peers learn in one pass over cfg.acts."""
+    train, val = harvest.Acts(cfg.acts), harvest.Acts(cfg.acts, "val")
+    tokens = min(cfg.tokens or train.n_tokens, train.n_tokens)
+    cfg = S.resolve(dataclasses.replace(cfg, tokens=tokens), train.d_model, 0)
+    few, many = (val.sample(size)[1].flatten(0, 1).to(cfg.device) for size in (8192, 65536))
+    u = S.normalize(many.float())[0]
+    known = {"acts": cfg.acts, "tokens": tokens, "held_out": len(u), "n_latents": cfg.n_latents}
+    known |= {"k": cfg.k, "batch": cfg.batch, "lr": cfg.lr, "lr_of_peers": a.lr}
+    if not a.json:
+        print(", ".join(f"{name} {value}" for name, value in known.items()))
+    peers = installed(cfg.device) if a.peers else ()
+    for name in ("sae.py", *peers):
+        seeds = [dataclasses.replace(cfg, seed=cfg.seed + i) for i in range(a.seeds)]
+        scores = [judge(*learned(name, a, c, train, few), u, c.n_latents) for c in seeds]
+        nmse, silent = zip(*scores)
+        known[name] = {"nmse": nmse, "silent": silent}
+        if not a.json:
+            print(f"  {name:<20} NMSE", *(f"{x:.4f}" for x in nmse), "  silent", *silent)
+    if a.json:
+        print(json.dumps(known))
+
+
+def bench_main(argv=None):
+    about = "Speed and quality of sae.py, alone and beside others. Takes the options of sae.py too."
+    p = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    flag = functools.partial(p.add_argument, action="store_true")
+    flag("--bench", required=True, help="time a step and its parts on random data")
+    flag("--peers", help="and the steps of sparsify, SAELens and dictionary_learning: make peers")
+    flag("--quality", help="train on --acts instead (default: n 8192, batch 1024, all tokens once)")
+    flag("--json", help="one line of JSON")
+    p.add_argument("--d", type=int, default=768, help="width of the random data (default: 768)")
+    p.add_argument("--rounds", type=int, default=5, help="of which medians are taken (default: 5)")
+    p.add_argument("--seeds", type=int, default=1, help="runs with --quality (default: 1)")
+    p.add_argument("--lr", type=float, default=1e-3, help="of peers with --quality (default: 1e-3)")
+    a, rest = p.parse_known_args(argv)
+    if min(a.d - 1, a.rounds, a.seeds) < 1:
+        raise harvest.UserError("--d must be at least 2, --rounds and --seeds at least 1")
+    sizes = ["--n_latents", "8192", "--batch", "1024"] if a.quality else []
+    cfg = S.parse_config([*sizes, *rest])[1]
+    cfg.device = harvest.pick_device(cfg.device)
+    if ":" in cfg.device:
+        torch.cuda.set_device(cfg.device)
+    S.keep_heap()
+    return quality(a, cfg) if a.quality else bench(a, cfg)
+
+
+TINY_BENCH = ["--bench", "--n_latents", "256", "--k", "4", "--d", "16", "--batch", "64"]
+TINY_BENCH += ["--rounds", "1", "--device", "cpu"]
+
+
+def test_the_bench_prints_every_part(capsys, monkeypatch):
+    bench_main(TINY_BENCH)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("n 256, k 4, d 16, batch 64, ")
+    assert len(lines) == 9 and all("tokens/s" in line and "%" in line for line in lines[1:])
+    bench_main([*TINY_BENCH, "--precision", "bf16", "--json"])
+    assert min(json.loads(capsys.readouterr().out)["tokens_per_s"].values()) > 0
+    monkeypatch.setitem(globals(), "memory", lambda cuda: (0, 0))
+    bench_main(TINY_BENCH)
+    assert "left out" in capsys.readouterr().out
+
+
+def test_the_bench_compares_with_peers_that_are_there(acts_dir, capsys, monkeypatch):
+    for name in PEERS:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    with pytest.raises(harvest.UserError, match="make peers"):
+        bench_main([*TINY_BENCH, "--peers"])
+    idle = lambda cfg, d: (lambda x, bf16=False: 0.0, S.SAE(d, cfg.n_latents, cfg.k))
+    monkeypatch.setitem(PEERS, "numpy", idle)
+    bench_main([*TINY_BENCH, "--peers", "--json"])
+    assert json.loads(capsys.readouterr().out)["ours_over_theirs"]["numpy, fp32"] > 0
+    quality = ["--quality", "--acts", str(acts_dir), "--tokens", "640", "--json"]
+    bench_main([*TINY_BENCH, "--peers", *quality])
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["sae.py"]["nmse"][0] < found["numpy"]["nmse"][0]
+
+
+if __name__ == "__main__":
+    harvest.run_main(bench_main)
