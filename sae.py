@@ -947,15 +947,11 @@ class Run:
         self.cfg, self.mesh, self.path, self.saved = cfg, mesh, Path(cfg.out), None
         self.steps, self.paces = cfg.tokens // cfg.batch, []
         self.begun = self.saved_at = time.time()
-        if cfg.batch % (mesh.world * cfg.accumulate):
-            raise ValueError(f"a batch of {cfg.batch} cannot be cut into {mesh.world} processes "
-                             f"times {cfg.accumulate} parts; choose another --batch")
         self.launch = os.getppid() if mesh.groups else 0  # torchrun, the same when it restarts us
         self.found, self.finished, restarted = mesh.broadcast(self.survey())
         if not (cfg.resume or restarted) and (self.found or self.finished):
             raise ValueError(f"{cfg.out} already holds a run; "
                              "continue it with --resume or choose another --out")
-        self.lock = hold(self.path) if mesh.rank == 0 else None
 
     def survey(self):
         """-> (checkpoints, newest first; whether it is finished; whether torchrun restarts it)"""
@@ -964,15 +960,15 @@ class Run:
         found = [p for p in sorted(self.path.glob("checkpoint*"))[::-1] if p.suffix != ".part"]
         return found, (self.path / "sae.pt").exists(), bool(launch) and launch == self.launch
 
-    def begin(self, sample, meta):
-        """A Trainer at step 0, from a sample of normalised activations (N, d)."""
+    def begin(self, first, meta):
+        """A Trainer at step 0, from the first activations (N, d) of the run."""
+        u = normalize(first[:32768].float())[0]
         torch.manual_seed(self.cfg.seed)
-        sae = self.mesh.sae(sample.shape[1], self.cfg.n_latents, self.cfg.k).to(self.cfg.device)
-        init_from_data(sae, sample)
+        sae = self.mesh.sae(u.shape[1], self.cfg.n_latents, self.cfg.k).to(self.cfg.device)
+        init_from_data(sae, u)
         sae.meta = dict(meta or {})
         self.settle(0)
-        c = (sample - sample.mean(0)).square().mean().item()
-        return self.mesh.trainer(self.cfg, sae, c)
+        return self.mesh.trainer(self.cfg, sae, (u - u.mean(0)).square().mean().item())
 
     def resume(self, meta):
         """The Trainer of the newest readable checkpoint, or None where the run is to begin.
@@ -1176,16 +1172,21 @@ def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
     torchrun; then `batches` gives this process's share (B / world, d), and a Shard comes back.
     Writes into cfg.out. Ctrl-C and SIGTERM save a checkpoint, then raise KeyboardInterrupt. Raises
     ValueError for data, settings and losses that cannot be trained on, and if a process is lost."""
-    run = Run(cfg, mesh)
+    if cfg.batch % (mesh.world * cfg.accumulate):
+        raise ValueError(f"a batch of {cfg.batch} cannot be cut into {mesh.world} processes times "
+                         f"{cfg.accumulate} parts; choose another --batch")
     start = batches if callable(batches) else lambda step: itertools.islice(batches, step, None)
+    lock = hold(Path(cfg.out)) if mesh.rank == 0 else None
     try:
+        run = Run(cfg, mesh)
         trainer = run.resume(meta)
         stream = start(trainer.steps if trainer else 0)
         if not trainer:
             first = list(itertools.islice(stream, math.ceil(32768 / cfg.batch)))
-            sample = torch.cat([mesh.all_gather(x.to(cfg.device), "world") for x in first])[:32768]
-            trainer = run.begin(normalize(sample.float())[0], meta)
+            everywhere = [mesh.all_gather(x.to(cfg.device), "world") for x in first]
+            trainer = run.begin(torch.cat(everywhere), meta)
             stream = itertools.chain((first.pop(0) for _ in range(len(first))), stream)
+            del everywhere
         if mesh.rank == 0 and not log:
             print("     step |   nmse    val |    l0 |   dead |      lr |   tok/s |    eta",
                   file=sys.stderr)
@@ -1203,8 +1204,8 @@ def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
                                             f"in {cfg.out}; continue with --resume")
             return run.finish(trainer, val)
     finally:
-        if run.lock:
-            run.lock.close()
+        if lock:
+            lock.close()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1187,22 +1187,18 @@ def test_published_state_dicts_load(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(head).to_bytes(8, "little") + head + raw)
     (tmp_path / "config.json").write_text('{"n_head": 3}')
-    read, n_head, _ = harvest.read_weights(tmp_path)
-    assert n_head == 3 and all(torch.equal(read[k], v) for k, v in state.items())
+    read = harvest.read_weights(tmp_path)
+    assert read["config"] == {"n_head": 3} and all(torch.equal(read["state"][k], v) for k, v in state.items())
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(harvest.UserError, match="not a readable weight file"):
         harvest.read_weights(tmp_path)
 
 
 def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
-    def partial(url, path):
-        Path(path).write_bytes(b"half")
-
-    class Head(io.BytesIO):
+    class Answer(io.BytesIO):
         headers = {"Content-Length": "100"}
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", partial)
-    monkeypatch.setattr(harvest.urllib.request, "urlopen", lambda *a, **k: Head())
+    monkeypatch.setattr(harvest.urllib.request, "urlopen", lambda *a, **k: Answer(b"half"))
     with pytest.raises(harvest.UserError, match="got 4 of 100 bytes.*by hand"):
         harvest.download("https://example.org/x", tmp_path / "x")
     assert not list(tmp_path.iterdir())
@@ -2047,7 +2043,7 @@ def test_end_to_end_in_subprocesses(tmp_path, model_file, text_file):
     assert "NMSE, held-out" in r.stdout and "ΔCE" in r.stdout and str(model_file) in r.stdout
     results = json.loads((tmp_path / "runs/x/evals.json").read_text())
     assert 0 < results["reconstruction"]["nmse"] < 1.5 and results["reconstruction"]["l0"] <= 4
-    assert {"config.json", "log.jsonl", "checkpoint.pt", "sae.pt", "evals.json"} <= {f.name for f in (tmp_path / "runs/x").iterdir()}
+    assert {"config.json", "log.jsonl", "sae.pt", "evals.json", newest(tmp_path / "runs/x").name} <= {f.name for f in (tmp_path / "runs/x").iterdir()}
 
 
 def test_sigint_saves_and_resume_gives_the_same_bits(tmp_path, acts_dir):
@@ -2465,8 +2461,8 @@ def test_unusable_texts_weights_and_devices(tmp_path, capsys, model_file, run_di
     refuses(harvest.main, [*base, "--text", tmp_path / "cut.jsonl.gz"], capsys, "cut.jsonl.gz is damaged")
     (tmp_path / "no.jsonl.gz").write_bytes(b"plain")
     refuses(harvest.main, [*base, "--text", tmp_path / "no.jsonl.gz"], capsys, "no.jsonl.gz is damaged")
-    refuses(harvest.main, ["--model", run_dir / "checkpoint.pt", "--out", tmp_path / "z", "--device", "cpu"], capsys, "holds no GPT-2")
-    refuses(evals.main, [run_dir / "checkpoint.pt", "--device", "cpu"], capsys, "neither an autoencoder")
+    refuses(harvest.main, ["--model", newest(run_dir) / "0000.pt", "--out", tmp_path / "z", "--device", "cpu"], capsys, "holds no GPT-2")
+    refuses(evals.main, [newest(run_dir) / "0000.pt", "--device", "cpu"], capsys, "neither an autoencoder")
     for main, argv in ((S.main, TINY[:4]), (evals.main, [run_dir]), (harvest.main, base[:4])):
         refuses(main, [*argv, "--device", "abacus"], capsys, "no device abacus", "--device")
     refuses(S.main, [*TINY, "--tokens", -500], capsys, "less than one batch")
