@@ -60,7 +60,7 @@ class UserError(ValueError):
     """Something the user can put right: printed as one line, exit status 2."""
 
 def run_main(main):
-    """Run a script's main(); errors its user can put right are one line (SAE_DEBUG=1: traceback)."""
+    """Run a script's main(); what its user can put right is one line (SAE_DEBUG=1: traceback)."""
     try:
         return main()
     except (ValueError, OSError, KeyboardInterrupt) as e:
