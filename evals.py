@@ -106,6 +106,7 @@ def pick(result, *keys):
 
 # --------------------------------------------------------------------------------------------------
 # Reconstruction, section 2.1; memorisation, density and positions, appendix.
+
 def squared_errors(sae, x, code=None):
     """Raw x (..., d) -> (...) each: squared error, norm of û over that of u, active latents."""
     parts = []
@@ -209,6 +210,7 @@ def positions(sae, x):
 
 # --------------------------------------------------------------------------------------------------
 # Downstream loss, section 4.1: what the model loses when it goes on with the reconstruction.
+
 def compute_equivalent(curve, delta_ce):
     """The share of the model's training compute at which its own loss was `delta_ce` nats above its
     final one: (share, how); None and why where the curve, a list of {"flops", "loss"}, does not
@@ -280,6 +282,7 @@ def downstream(sae, site, tokens, mean=None):
 
 # --------------------------------------------------------------------------------------------------
 # Shrinkage, section 5.1: with decoder and support fixed, are the encoder's activations the best?
+
 def nnls(G, h, z0, sweeps=100):
     """Batched argmin over z >= 0 of z'Gz / 2 - h'z, G (B, k, k) positive definite, h, z0 (B, k) ->
     z (B, k). Block principal pivoting (Kim and Park 2011): all coordinates of the wrong sign change
@@ -350,6 +353,7 @@ def refinement(sae, x, ridge=1e-9):
 
 # --------------------------------------------------------------------------------------------------
 # Other codes of the same autoencoder, section 5.3: another k, a threshold.
+
 def other_codes(sae, site, tokens, x, encoders, label):
     """{name: function u -> (values, indices)} -> {name: its NMSE and L0 on x, ΔCE on tokens}."""
     edits = {str(name): partial(reconstructed, sae, code=f) for name, f in encoders.items()}
@@ -411,6 +415,7 @@ def fixed_threshold(sae, site, tokens, train, x):
 
 # --------------------------------------------------------------------------------------------------
 # Probe loss, section 4.2: how well does the best single latent tell a known feature?
+
 def logistic_loss(t, sign):
     """-log σ of the margins sign * t, averaged over the first dimension."""
     return F.softplus(-sign * t).mean(0)
@@ -840,6 +845,7 @@ def n2g(sae, explanations, tokens, x, contexts=512, examples=16, seed=0):
 
 # --------------------------------------------------------------------------------------------------
 # Explanation reconstruction, section 4.4: the model goes on with what explanations predict.
+
 def prediction_scales(sae, explanations, tokens, x):
     """E[s a] / E[s^2] (n) of predictions s and activations a on tokens (C, T), x (C, T, d)."""
     latent, token, s = simulate(explanations, tokens)
@@ -882,6 +888,7 @@ def explanation_reconstruction(sae, site, tokens, explanations, train_tokens, tr
 
 # --------------------------------------------------------------------------------------------------
 # Sparsity of ablation effects, section 4.5.
+
 def effect_sparsity(delta):
     """Differences of logits (..., T, V) -> (...) (L1 / L2)^2 / (V T), less their median over V: the
     share that is moved. 1/(V T) for a single one, 2/π for Gaussian noise, 1 for equal sizes."""
@@ -1115,6 +1122,7 @@ def fit_main(paths):
 
 # --------------------------------------------------------------------------------------------------
 # The report: one page that opens from disk, with everything known about an autoencoder's latents.
+
 def pack(array):
     """An array as JSON: type, base64 bytes. int64, never negative here, is cut to its need."""
     if array.dtype == np.int64:
@@ -1312,6 +1320,7 @@ def make_report(case, results, runs):
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
+
 def load(path, device):
     """A run directory or a file -> (SAE, its file, the JSON file for its results)."""
     path = Path(path)
