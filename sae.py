@@ -25,18 +25,19 @@ import argparse
 import copy
 import ctypes
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -116,7 +117,6 @@ class SAE(nn.Module):
 
 def objective(sae, u, c, dead, k_aux, alpha):
     """What a step minimises, |u - û|^2 / c + alpha |e - ê|^2 / var(e); sections 2.3, 2.4, A.2.
-
     u (B, d): normalised activations. c: MSE of predicting their mean, one constant a run. dead:
     numbers of the dead latents. k_aux: how many AuxK uses a token. alpha: its weight, 1/32."""
     u_hat = sae.decode(*sae.encode(u))
@@ -132,12 +132,14 @@ def auxk(sae, u, e, dead, k_aux):
     values, j = pre_acts.topk(min(k_aux, len(dead)), sorted=False)
     e_hat = F.embedding_bag(j, sae.W_dec[dead], per_sample_weights=values.relu(), mode="sum")
     variance = (e - e.mean(0)).square().mean()
-    return (e - e_hat).square().mean() * one_over(variance, e.square().mean(), e.dtype)
+    return (e - e_hat).square().mean() * one_over(variance, e.square().mean(), e)
 
-def one_over(variance, square, dtype):
-    """1 / var(e); 0 where e, of that mean square, is constant up to the rounding of `dtype`."""
-    rounding = 100 * torch.finfo(dtype).eps * square
-    return torch.where(variance > rounding, 1 / variance, 0.0).to(dtype)
+def one_over(variance, square, like):
+    """1 / var(e), in the precision of `like` (..., d); 0 where e, of that mean square, is constant
+    or nothing but rounding: the mean square of u is 1 / d."""
+    eps = 100 * torch.finfo(like.dtype).eps
+    rounding = eps * square.clamp_min(eps / like.shape[-1])
+    return torch.where(variance > rounding, 1 / variance, 0.0).to(like.dtype)
 
 @torch.no_grad()
 def init_from_data(sae, u):
@@ -183,8 +185,8 @@ def save(sae, path):
 def load(cls, path, device="cpu"):
     """Read what `save` wrote, or one of OpenAI's released files. Raises ValueError for others."""
     if not os.path.exists(path):
-        raise ValueError(f"no autoencoder at {path}; "
-                         "train one with: python sae.py --n_latents 32768 --k 32")
+        how = "python sae.py --n_latents 32768 --k 32"
+        raise ValueError(f"no autoencoder at {path}; train one with: {how}")
     saved = load_file(path)
     if "pre_bias" in saved:
         return cls.from_openai(saved).to(device)
@@ -212,27 +214,34 @@ def from_openai(cls, state):
     sae.load_state_dict({name: w.float() for name, w in weights.items()})
     return sae
 
+def require(holds, message):
+    if not holds:
+        raise ValueError(message)
+
 def save_atomic(path, obj):
-    """torch.save through a file that is synced and renamed: `path` is either whole or as it was."""
-    part = f"{path}.part"
-    os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
+    """Save a text, or else by torch.save: `path` is whole in the end, or as it was."""
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as f:
-            torch.save(obj, f)
+            f.write(obj.encode()) if isinstance(obj, str) else torch.save(obj, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        part.replace(path)
     finally:
-        if os.path.exists(part):
-            os.remove(part)
+        part.unlink(missing_ok=True)
+
+def read(path):
+    """The text of a file; "" if there is none."""
+    return path.read_text(errors="replace") if path.exists() else ""
 
 def load_file(path, mmap=False):
     """torch.load onto the CPU, executing nothing. Raises ValueError for damaged or other files."""
     try:
         return dict(torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as e:  # zip, pickle and storage errors come in many types
-        raise ValueError(f"{path} is not a readable file of weights ({type(e).__name__}); "
-                         "it may be cut short or of another kind") from e
+        why = f"({type(e).__name__}); it may be cut short or of another kind"
+        raise ValueError(f"{path} is not a readable file of weights {why}") from e
 
 # Methods that a pasted SAE can do without.
 SAE.save, SAE.load, SAE.from_openai = save, classmethod(load), classmethod(from_openai)
@@ -244,8 +253,7 @@ SAE.save, SAE.load, SAE.from_openai = save, classmethod(load), classmethod(from_
 
 def losses(sae, u, c, aux, multi_topk=False):
     """u (B, d) -> (loss, NMSE, residual e (B, d), values, indices (B, k)), all but loss detached.
-    loss: NMSE, or with Multi-TopK (section 5.3) L(k) + L(4k) / 8, plus AuxK's error without its
-    weight, which only the whole batch knows. c: as in `objective`. aux: the step's AuxK."""
+    loss: NMSE, or L(k) + L(4k) / 8 (Multi-TopK, section 5.3), plus aux.error, yet unweighted."""
     k = min(4 * sae.k, sae.n_latents) if multi_topk else sae.k
     code, *dead_code = sae.select(u, k, aux.dead, aux.k)
     values, support = sae.activate(u, *code)
@@ -267,9 +275,8 @@ def relu_losses(sae, u, c, l1):
     return nmse + l1 * values.sum(1).mean(), nmse.detach(), e.detach(), values.detach(), indices
 
 class AuxK:
-    """alpha times `auxk`, in a step: var(e) is of the whole batch, known only when all its parts
-    have been through. So the gradient is collected without that weight, on copies of the dead rows,
-    and `add` puts it where it belongs: no (n, d) matrix for a few rows."""
+    """alpha times `auxk`, in a step. var(e) is of the whole batch, known at its end: until then the
+    gradient is collected without that weight, on copies of the dead rows: no (n, d) matrix."""
     def __init__(self, trainer):
         cfg, self.sae = trainer.cfg, trainer.sae
         self.k = min(cfg.k_aux, trainer.n_dead) if cfg.aux_coef else 0
@@ -288,21 +295,17 @@ class AuxK:
             p.grad.index_add_(0, self.dead, everywhere(rows.grad) * weight)
 
 def peek(numbers):
-    """Named scalars on a device -> a function that gives them as floats: it waits for what has been
-    launched so far, not for what comes after, so a GPU stays busy."""
+    """Named scalars on a device -> a function that waits for these alone: they, as floats."""
     x = torch.stack(list(numbers.values()))
     if not x.is_cuda:
         return lambda: dict(zip(numbers, x.tolist()))
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(x.device))
+    host = x.to("cpu", non_blocking=True)  # pinned
+    copied = torch.cuda.current_stream(x.device).record_event()
     return lambda: copied.synchronize() or dict(zip(numbers, host.tolist()))
 
 class Trainer:
     """All that a step reads and writes: weights, Adam, EMA, dead counters. `state()`: a checkpoint.
     cfg: a Config from `resolve`. sae: an initialised Sparse on its device. c: as in `objective`."""
-    share = 1.0  # of every batch that this trainer works on
-
     def __init__(self, cfg, sae, c):
         self.cfg, self.sae, self.c, self.steps = cfg, sae, c, 0
         sae.product_dtype = torch.bfloat16 if cfg.precision == "bf16" else None
@@ -315,14 +318,11 @@ class Trainer:
         self.n_dead = self.own_dead = 0  # of all latents, of those that are here
 
     def step(self, x, **wishes):
-        """One optimizer step on raw activations x (B, d) -> nmse, l0, dead, and for each wish
-        (name=bool) whether anyone has it. Raises ValueError for a width or batch that does not fit,
-        and for a loss that is not finite."""
-        parts, width = self.cfg.accumulate, self.sae.d_model
-        if x.shape[1] != width:
-            raise ValueError(f"these activations have width {x.shape[1]}, the autoencoder {width}")
-        if len(x) % parts:
-            raise ValueError(f"--accumulate {parts} does not divide the {len(x)} tokens of a step")
+        """One optimizer step on raw activations x (B, d) -> nmse, l0, dead, and whether anyone has
+        each wish (name=bool). Raises ValueError for a wrong width or batch, or no finite loss."""
+        parts, d = self.cfg.accumulate, self.sae.d_model
+        require(x.shape[1] == d, f"these activations have width {x.shape[1]}, the autoencoder {d}")
+        require(len(x) % parts == 0, f"--accumulate {parts} does not divide a batch of {len(x)}")
         aux, fired, tally, share = AuxK(self), torch.zeros_like(self.silent), {}, self.share / parts
         self.adam.zero_grad()
         for i, part in enumerate(x.chunk(parts), 1):
@@ -331,9 +331,8 @@ class Trainer:
                 known, over_variance = self.tell(tally, fired, len(x), wishes)
             self.backward(loss * share, i == parts)
         known = known()
-        if not math.isfinite(known["loss"]):
-            raise ValueError(f"the loss is {known['loss']} at step {self.steps + 1}; "
-                             f"lower --lr (now {self.cfg.lr:g}) or look for bad activations")
+        require(math.isfinite(known["loss"]), f"the loss is {known['loss']} at step "
+                f"{self.steps + 1}; lower --lr (now {self.cfg.lr:g}) or look for bad activations")
         aux.add(self.cfg.aux_coef * over_variance, self.everywhere)
         self.own_dead, self.n_dead = int(known["own_dead"]), round(known["dead"])
         self.update()
@@ -348,23 +347,23 @@ class Trainer:
             loss, nmse, e, values, indices = losses(self.sae, u, self.c, aux, cfg.multi_topk)
         fires, mean = values > 0, e.mean(0)
         fired.scatter_reduce_(0, indices.flatten(), fires.flatten().long(), "amax")
-        counted = {"loss": loss.detach(), "nmse": nmse, "l0": fires.sum(1).double().mean()}
-        counted["mean"] = mean
-        counted["square"] = mean.double().square().mean() + (e - mean).square().mean()
+        square = mean.double().square().mean() + (e - mean).square().mean()
+        counted = {"loss": loss.detach(), "nmse": nmse, "l0": fires.sum(1).double().mean(),
+                   "mean": mean, "square": square}
         for name, number in counted.items():
             tally[name] = tally.get(name, 0.0) + share * number.double()
         return loss
 
     def tell(self, tally, fired, tokens, wishes):
         """Count the dead and sum up the tally -> (function that gives it as floats, 1 / var(e))."""
-        silent = self.silent + round(tokens / self.share)
-        self.silent = torch.where(self.everywhere(fired) > 0, 0, silent)
+        since = self.silent + round(tokens / self.share)
+        self.silent = torch.where(self.everywhere(fired) > 0, 0, since)
         own_dead = (self.silent > self.cfg.dead_tokens).sum().double()
         tally["dead"] = own_dead * self.share
         tally |= {name: own_dead.new_full((), float(wish)) for name, wish in wishes.items()}
         tally = self.total(tally)
         mean, square = tally.pop("mean"), tally["square"]
-        over_variance = one_over(square - mean.square().mean(), square, self.sae.W_dec.dtype)
+        over_variance = one_over(square - mean.square().mean(), square, self.sae.W_dec)
         return peek(tally | {"own_dead": own_dead}), over_variance
 
     @torch.no_grad()
@@ -382,6 +381,7 @@ class Trainer:
         torch._foreach_lerp_(self.ema, self.params, weight)
 
     # What differs where a trainer is one of several (section 4).
+    share = 1.0  # of every batch that this trainer works on
     everywhere = lambda self, x: x  # x, summed over the whole batch
     total = lambda self, tally: tally  # named numbers, summed over the whole batch and all latents
     backward = lambda self, loss, last: loss.backward()
@@ -391,8 +391,7 @@ class Trainer:
     def averaged(self):
         """The EMA weights (appendix A) as an SAE with unit decoder rows."""
         sae = copy.deepcopy(self.sae)
-        for p, average in zip(sae.parameters(), self.ema):
-            p.copy_(average)
+        torch._foreach_copy_(list(sae.parameters()), self.ema)
         sae.normalize_decoder()
         return sae
 
@@ -409,8 +408,7 @@ class Trainer:
 
 # --------------------------------------------------------------------------------------------------
 # 3. Fast
-# Exact TopK in two stages, three sparse operations, and `Sparse`, made of them: the same numbers,
-# no (B, n) matrix in autograd, and nothing of size (B, k, d) ever.
+# The same numbers with no (B, n) matrix in autograd, and nothing of size (B, k, d) ever.
 
 DENSE = {"cpu": 2**24, "cuda": 2**29}  # pre-activations at once: 32 MB and 1 GB in bf16
 NARROW = {"cpu": 3, "cuda": 16}  # a dense product is faster if n is at most so many times k
@@ -424,8 +422,7 @@ def topk(x, k):
     n = x.shape[-1]
     rows = x.reshape(math.prod(x.shape[:-1]), n)
     kernel = fused(x) and k < n and k * n <= 2**28  # it searches about sqrt(k n) numbers at once
-    values, indices = (topk_kernel if kernel else topk_twin)(rows, k)
-    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+    return tuple(t.view(*x.shape[:-1], k) for t in (topk_kernel if kernel else topk_twin)(rows, k))
 
 def topk_twin(x, k, group=64):
     """x (B, n) -> values, indices (B, k). The k largest lie in the k groups of the largest maxima:
@@ -449,20 +446,16 @@ def topk_twin(x, k, group=64):
     return values, indices
 
 class Support:
-    """Where the values of a code are, indices (B, k) among n latents, and what is done with them:
-    by a kernel on CUDA, elsewhere by its twin in plain PyTorch, and as a dense matrix where it is
-    not so sparse (AuxK's with few dead latents)."""
+    """Where a code's values are, indices (B, k) among n latents, and what is done with them: by a
+    kernel on CUDA or its twin; as a dense matrix where it is not so sparse (AuxK's of few dead)."""
     def __init__(self, indices, n):
-        self.indices, self.n = indices, n
+        self.indices, self.n, self.k = indices, n, indices.shape[1]
 
-    @property
-    def dense(self):
-        return self.n <= NARROW[self.indices.device.type] * self.indices.shape[1]
+    dense = property(lambda self: self.n <= NARROW[self.indices.device.type] * self.k)
 
     @functools.cached_property
     def by_latent(self):
-        """The B k pairs sorted by latent, once for both weight gradients: their order (B k), and
-        starts (n + 1), where each latent's begin."""
+        """All pairs by latent, for sums without atomics: their order (B k), starts (n + 1)."""
         latents, order = self.indices.flatten().sort(stable=True)
         every = torch.arange(self.n + 1, device=order.device)
         return order, torch.searchsorted(latents, every)
@@ -484,12 +477,11 @@ class Support:
         return (gather_dot_kernel if fused(W) else gather_dot_twin)(G.contiguous(), W, self.indices)
 
     def scatter_sum(self, values, G):
-        """out[i] = sum of values[b, j] G[b] over all indices[b, j] = i: (B, k), (B, d) -> (n, d).
-        Each row is one run of the sorted pairs: no atomics, the same bits every time."""
+        """out[i] = sum of values[b, j] G[b] where indices[b, j] = i: (B, k), (B, d) -> (n, d)."""
         if self.dense:
             return self.matrix(values).T @ G
         run = scatter_sum_kernel if fused(G) else scatter_sum_twin
-        return run(values.flatten(), *self.by_latent, G.contiguous(), self.indices.shape[1])
+        return run(values.flatten(), *self.by_latent, G.contiguous(), self.k)
 
 def gather_sum_twin(values, indices, W):
     return F.embedding_bag(indices, W, per_sample_weights=values, mode="sum")
@@ -528,6 +520,7 @@ def sparse_decode(values, indices, W_dec):
     return _Decode.apply(flat, indices, W_dec).view(*values.shape[:-1], W_dec.shape[1])
 
 class _Activate(torch.autograd.Function):
+    """What `select` found, values (B, k), with the gradient of ReLU(W_enc (u - b_pre) + b_enc)."""
     @staticmethod
     def forward(ctx, u, W_enc, b_enc, b_pre, values, support):
         ctx.save_for_backward(u, W_enc, b_pre, values)
@@ -545,14 +538,9 @@ class _Activate(torch.autograd.Function):
         d_u = support.gather_sum(g, W_enc) if for_u else None
         return d_u, d_W_enc, d_b_enc, d_b_pre, None, None
 
-def activate(u, W_enc, b_enc, b_pre, values, support):
-    """What `select` found, values (B, k), with the gradient of ReLU(W_enc (u - b_pre) + b_enc)."""
-    return _Activate.apply(u, W_enc, b_enc, b_pre, values, support)
-
 class Sparse(SAE):
     """An SAE that encodes some tokens at a time, by one dense product, and differentiates only what
     that selects. `product_dtype`: the product's precision; default: the weights'."""
-
     product_dtype = None
 
     @torch.no_grad()
@@ -582,8 +570,8 @@ class Sparse(SAE):
 
     def activate(self, u, values, support):
         """What `select` found -> (values with a gradient, Support)."""
-        b_pre = self.apart(self.b_pre)
-        return activate(self.apart(u), self.W_enc, self.b_enc, b_pre, values, support), support
+        u, b_pre = self.apart(u), self.apart(self.b_pre)
+        return _Activate.apply(u, self.W_enc, self.b_enc, b_pre, values, support), support
 
     def encode(self, u, k=None):
         """As SAE.encode; with k = n only as many columns come back as the batch needs."""
@@ -599,7 +587,7 @@ class Sparse(SAE):
         """ê (B, d) from rows of the dead latents alone; no gradient reaches b_pre."""
         e_hat = torch.zeros_like(u)
         if support.n:
-            values = activate(u, W_enc, b_enc, self.b_pre.detach(), values, support)
+            values = _Activate.apply(u, W_enc, b_enc, self.b_pre.detach(), values, support)
             e_hat = sparse_decode(values, support, W_dec)
         return self.together(e_hat)
 
@@ -615,17 +603,13 @@ class Sparse(SAE):
     apart = lambda self, x: x  # x, the same for all latents: so is the sum of its gradients
 
 def keep_heap():
-    """Tell glibc to reuse freed memory, not to return it: large temporaries then cost no page
-    faults, which is a quarter of a CPU step. Does nothing but on Linux with glibc."""
-    try:
+    """Have glibc reuse freed memory: page faults of large temporaries are a quarter of a step."""
+    with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        pass
 
-# The Triton kernels behind topk and the three operations, each equal to its twin above.
-# TRITON_INTERPRET=1 runs them on CPU.
+# The Triton kernels, each equal to its twin above. TRITON_INTERPRET=1 runs them on CPU.
 
 if triton:
     @triton.jit
@@ -661,8 +645,7 @@ if triton:
 
     @triton.jit
     def _largest(keys, real, k, BITS: tl.constexpr):
-        """Which k of the keys, at least k of them real, are the largest, ties to the first, and
-        each one's place among them."""
+        """Which k of the real keys are the largest (ties: the first), and their places there."""
         least = tl.full([], -(1 << (BITS - 1)), tl.int64)  # becomes the k-th largest, bit by bit
         for i in tl.static_range(BITS):
             higher = least + (1 << (BITS - 1 - i))
@@ -702,8 +685,7 @@ if triton:
     @triton.jit
     def _scatter_sum(values, order, starts, pieces, latent_of, G, out, parts, n, d, k,
                      PIECE: tl.constexpr, J: tl.constexpr, D: tl.constexpr):
-        """One program a piece, at most PIECE pairs of one latent: the latent's first piece goes
-        into `out`, the others into `parts`."""
+        """One program a piece, PIECE pairs of a latent: its first into `out`, more into `parts`."""
         piece, col = tl.program_id(0), tl.program_id(1) * D + tl.arange(0, D)
         i = tl.load(latent_of + piece).to(tl.int64)
         if i < n:
@@ -735,17 +717,16 @@ if triton:
             tl.store(out + i * d + col, total, mask=col < d)
 
 def launch(kernel, grid, x, *args, **kw):
-    """On the device of x: Triton takes the current one."""
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # Triton takes the current one
         kernel[grid](x, *args, **kw)
 
 def topk_kernel(x, k):
-    (B, n), d32 = x.shape, {"dtype": torch.int32, "device": x.device}
+    B, n = x.shape
     group = 2 ** int(math.log2(n / k) / 2)  # as many groups as numbers in k groups
     m = triton.cdiv(n, group)
     M, K = triton.next_power_of_2(m), triton.next_power_of_2(k)
-    values, indices = x.new_empty(B, k), torch.empty(B, k, dtype=torch.long, device=x.device)
-    maxima, chosen = torch.empty(B, m, **d32), torch.empty(B, k, **d32)
+    values, indices = x.new_empty(B, k), x.new_empty(B, k, dtype=torch.long)
+    maxima, chosen = (x.new_empty(B, size, dtype=torch.int32) for size in (m, k))
     sizes = {"BITS": 16 if x.dtype == torch.bfloat16 else 32, "GROUP": group, "M": M, "K": K}
     sizes["num_warps"] = min(16, max(4, max(M, K * group) // 512))  # else they spill
     args = x.contiguous(), values, indices, maxima, chosen, n, k, m
@@ -767,10 +748,9 @@ def gather_dot_kernel(G, W, indices):
 
 def scatter_sum_kernel(values, order, starts, G, k, piece=128):
     n, d = len(starts) - 1, G.shape[1]
-    # A dense latent may have thousands of pairs, a rare one none: work is cut into pieces, at least
-    # one a latent and at most `spare` more; `pieces` (n + 1) says where each latent's begin.
+    # A latent's pairs, thousands or none, in a piece or more: `pieces` (n + 1), each one's first.
     pieces = F.pad(((starts.diff() + piece - 1) // piece).clamp_min(1).cumsum(0), (1, 0))
-    spare = len(order) // piece  # the true number need not be waited for
+    spare = len(order) // piece  # as many more at most: the true number need not be waited for
     numbers = torch.arange(n + spare, device=G.device)
     latent_of = torch.searchsorted(pieces, numbers, right=True) - 1
     out, parts = G.new_empty(n, d), G.new_empty(spare, d)
@@ -783,45 +763,46 @@ def scatter_sum_kernel(values, order, starts, G, k, piece=128):
 
 # --------------------------------------------------------------------------------------------------
 # 4. Large
-# Replicas, each with its part of every batch, times shards, each with its part of the latents
-# (section 8): the same numbers. Alone, every function gives back what it got.
+# Replicas, each with a part of the batch, times shards of the latents (section 8): same numbers.
 
 class Mesh:
-    """This process among replicas x shards, and how they talk."""
-
+    """This process among replicas x shards, and how they talk; alone, it gives back what it got."""
     replicas, shards, replica, shard, world, rank, groups = 1, 1, 0, 0, 1, 0, {}
 
     @classmethod
     def join(cls, shards=1, device="cpu"):
-        """The mesh of the processes that torchrun started; without torchrun this one alone.
-        Raises ValueError if they do not divide into so many shards."""
+        """That of torchrun's processes, or alone. Raises ValueError if `shards` don't divide it."""
         mesh, world = cls(), int(os.environ.get("WORLD_SIZE", 1))
-        if world % shards:
-            raise ValueError(f"processes: {world} cannot be cut into {shards} shards; start a "
-                             f"multiple: torchrun --nproc_per_node {shards} sae.py ...")
+        require(world % shards == 0, f"processes: {world} cannot be cut into {shards} shards; "
+                f"start a multiple: torchrun --nproc_per_node {shards} sae.py ...")
         if "WORLD_SIZE" in os.environ:
-            kind = "cuda" if device.startswith("cuda") else "cpu"
-            connect(kind)
+            kind, backend = ("cuda", "nccl") if device.startswith("cuda") else ("cpu", "gloo")
+            if kind == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if not dist.is_initialized():
+                limit = datetime.timedelta(minutes=10)
+                store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+                if os.environ.get("GROUP_WORLD_SIZE") == "1":  # restarts reuse it: pytorch#135712
+                    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+                who = {"store": store, "rank": rank, "world_size": world, "timeout": limit}
+                dist.init_process_group(backend, **who)
             shape, names = (world // shards, shards), ("replica", "shard")
             grid = dist.device_mesh.init_device_mesh(kind, shape, mesh_dim_names=names)
-            mesh.groups = {name: grid.get_group(name) for name in names}
-            mesh.groups["world"] = dist.group.WORLD
-            (mesh.replicas, mesh.shards), (mesh.replica, mesh.shard) = shape, grid.get_coordinate()
+            mesh.groups = dict(zip(names, grid.get_all_groups()), world=dist.group.WORLD)
             mesh.world, mesh.rank = world, dist.get_rank()
+            (mesh.replicas, mesh.shards), (mesh.replica, mesh.shard) = shape, grid.get_coordinate()
         return mesh
 
     def part(self, n):
         """The range of this shard's latents among n. Raises ValueError if n does not divide."""
-        if n % self.shards:
-            raise ValueError(f"n_latents = {n} must be a multiple of --shards {self.shards}")
+        require(n % self.shards == 0, f"n_latents = {n} is no multiple of --shards {self.shards}")
         return range(self.shard * n // self.shards, (self.shard + 1) * n // self.shards)
 
-    def all_reduce(self, x, over, wait=True):
-        """x, summed in place over "shard", "replica" or "world"; wait=False: what to wait() for."""
-        if not self.groups:
-            return x
-        work = dist.all_reduce(x, group=self.groups[over], async_op=not wait)
-        return x if wait else work
+    def all_reduce(self, x, over):
+        """x, summed in place over "shard", "replica" or "world"."""
+        if self.groups:
+            dist.all_reduce(x, group=self.groups[over])
+        return x
 
     def all_gather(self, x, over, dim=0):
         """The x of all, of one shape, joined along `dim`."""
@@ -852,22 +833,11 @@ class Mesh:
         except RuntimeError as e:
             if not self.groups or isinstance(e, torch.OutOfMemoryError):
                 raise
-            at, why = f"at step {trainer.steps + 1}", str(e).splitlines()[0][:90]
-            raise ValueError(f"lost contact with another process of this run {at} ({why}); "
+            why = f"at step {trainer.steps + 1} ({str(e).splitlines()[0][:90]})"
+            raise ValueError(f"lost contact with another process of this run {why}; "
                              "continue from the last checkpoint with --resume") from e
 
 ALONE = Mesh()
-
-def connect(kind):
-    """Meet the other processes of this torchrun."""
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
-        store, rank, world = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # restarts reuse the store: pytorch#135712
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 class Shard(Sparse):
     """The latents that one of several processes holds. `indices` are numbers of its own rows."""
@@ -879,54 +849,43 @@ class Shard(Sparse):
         """All shards choose from the same numbers: ties break alike, and exactly k survive."""
         mine = F.pad(values, (0, k - values.shape[1]), value=-math.inf)  # as wide everywhere
         everyone = self.mesh.all_gather(mine, "shard", dim=1)  # (B, shards k)
-        kept = torch.zeros_like(everyone, dtype=torch.bool)
-        kept.scatter_(1, topk(everyone, k)[1], True)
+        kept = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, topk(everyone, k)[1], True)
         own = kept.chunk(self.mesh.shards, 1)[self.mesh.shard][:, : values.shape[1]]
         return torch.where(own, values, 0.0)
 
-    # All go on alike with what they summed, so its gradient is whole already; of what was the same
-    # for all, each shard has the gradient of its own latents.
-    together = lambda self, x: _SumShards.apply(x, self.mesh, True)
-    apart = lambda self, x: _SumShards.apply(x, self.mesh, False)
+    def together(self, x):
+        """The sum over shards. All go on alike with it: its gradient is whole, and passes as is."""
+        x = x.clone()
+        self.mesh.all_reduce(x.detach(), "shard")
+        return x
 
-class _SumShards(torch.autograd.Function):
-    """The sum over shards, of x (forward) or of its gradient; the other passes as it is."""
-
-    @staticmethod
-    def forward(ctx, x, mesh, forward):
-        ctx.mesh, ctx.backward = mesh, not forward
-        return mesh.all_reduce(x.clone(), "shard") if forward else x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        return ctx.mesh.all_reduce(g.clone(), "shard") if ctx.backward else g, None, None
+    def apart(self, x):
+        """x, the same for all shards; each has the gradient of its own latents, which is summed."""
+        x = x.view_as(x)
+        if x.requires_grad:
+            x.register_hook(lambda g: self.mesh.all_reduce(g.clone(), "shard"))
+        return x
 
 class ParallelTrainer(Trainer):
     """A Trainer with its shard's latents, and its replica's part of every batch."""
     def __init__(self, cfg, sae, c, mesh):
         super().__init__(cfg, sae, c)
         self.mesh, self.share = mesh, 1 / mesh.replicas
-        self.last, self.works = False, []  # gradients are summed while the backward pass goes on
-        for p in self.params:
-            p.register_post_accumulate_grad_hook(self.sum_gradient)
-
-    def sum_gradient(self, p):
-        if self.last:
-            self.works.append(self.mesh.all_reduce(p.grad, "replica", wait=False))
+        self.everywhere = lambda x: mesh.all_reduce(x, "replica")
 
     def backward(self, loss, last):
-        self.last = last
+        """Gradients are summed while the last backward pass goes on."""
+        works, group = [], self.mesh.groups["replica"]
+        add = lambda p: works.append(dist.all_reduce(p.grad, group=group, async_op=True))
+        hooks = [p.register_post_accumulate_grad_hook(add) for p in self.params if last]
         loss.backward()
-        while self.works:
-            self.works.pop().wait()
-
-    def everywhere(self, x):
-        return self.mesh.all_reduce(x, "replica")
+        for work, hook in zip(works, hooks):
+            work.wait()
+            hook.remove()
 
     def total(self, tally):
-        own = ("l0", "dead")  # of each shard's own latents; all else is the same on all shards
-        share = {name: 1 if name in own else self.mesh.shards for name in tally}
-        parts = [v.flatten() / share[name] for name, v in tally.items()]
+        own = {"l0": 1, "dead": 1}  # of each shard's latents; all else is the same on all shards
+        parts = [v.flatten() / own.get(name, self.mesh.shards) for name, v in tally.items()]
         total = self.mesh.all_reduce(torch.cat(parts), "world").split([len(v) for v in parts])
         return {name: new.view_as(v) for (name, v), new in zip(tally.items(), total)}
 
@@ -941,72 +900,75 @@ class ParallelTrainer(Trainer):
 
 class Run:
     """A run directory: config.json, log.jsonl, the last two checkpoint-STEP/, in the end sae.pt.
-    A checkpoint is a folder with a file a shard, which gets its name when it is whole. A lock that
-    ends with the process keeps other processes out."""
+    A checkpoint is a folder with a file a shard, which gets its name when it is whole."""
     def __init__(self, cfg, mesh=ALONE):
-        self.cfg, self.mesh, self.path, self.saved = cfg, mesh, Path(cfg.out), None
+        self.cfg, self.mesh, self.path = cfg, mesh, Path(cfg.out)
         self.steps, self.paces = cfg.tokens // cfg.batch, []
         self.begun = self.saved_at = time.time()
         self.launch = os.getppid() if mesh.groups else 0  # torchrun, the same when it restarts us
-        self.found, self.finished, restarted = mesh.broadcast(self.survey())
-        if not (cfg.resume or restarted) and (self.found or self.finished):
-            raise ValueError(f"{cfg.out} already holds a run; "
-                             "continue it with --resume or choose another --out")
+        restarted = mesh.groups and f'"launch": {self.launch}\n' in read(self.path / "config.json")
+        found = [*sorted(self.path.glob("checkpoint*.pt")), *self.checkpoints()][::-1]
+        seen = found, (self.path / "sae.pt").exists(), restarted
+        self.found, self.finished, restarted = mesh.broadcast(seen)
+        require(cfg.resume or restarted or not (self.found or self.finished),
+                f"{cfg.out} already holds a run; continue it with --resume or choose another --out")
 
-    def survey(self):
-        """-> (checkpoints, newest first; whether it is finished; whether torchrun restarts it)"""
-        config = self.path / "config.json"
-        launch = json.loads(config.read_text()).get("launch") if config.exists() else None
-        found = [p for p in sorted(self.path.glob("checkpoint*"))[::-1] if p.suffix != ".part"]
-        return found, (self.path / "sae.pt").exists(), bool(launch) and launch == self.launch
+    def checkpoints(self):
+        """Those that are whole, oldest first."""
+        return sorted(self.path.glob("checkpoint-" + 9 * "[0-9]"))
 
     def begin(self, first, meta):
-        """A Trainer at step 0, from the first activations (N, d) of the run."""
-        u = normalize(first[:32768].float())[0]
-        torch.manual_seed(self.cfg.seed)
-        sae = self.mesh.sae(u.shape[1], self.cfg.n_latents, self.cfg.k).to(self.cfg.device)
+        """A Trainer at step 0, from the first batches [(b, d)] of the run."""
+        cfg, mesh = self.cfg, self.mesh
+        x = torch.cat([mesh.all_gather(x.to(cfg.device), "world") for x in first])
+        u = normalize(x[:32768].float())[0]
+        torch.manual_seed(cfg.seed)
+        sae = mesh.sae(u.shape[1], cfg.n_latents, cfg.k).to(cfg.device)
         init_from_data(sae, u)
         sae.meta = dict(meta or {})
-        self.settle(0)
-        return self.mesh.trainer(self.cfg, sae, (u - u.mean(0)).square().mean().item())
+        return mesh.trainer(cfg, sae, (u - u.mean(0)).square().mean().item())
 
     def resume(self, meta):
         """The Trainer of the newest readable checkpoint, or None where the run is to begin.
         Raises ValueError if it is of other settings or data, or if none is readable."""
+        folder, self.damaged = self.mesh.broadcast(self.newest())
+        if folder:
+            trainer = restore(read_checkpoint(folder), self.cfg, self.mesh, folder)
+            said, remedy = "was trained on other activations", "give those that it was trained on"
+            agree(trainer.sae.meta, meta or {}, f"{folder} {said}", remedy)
+            return trainer
+        why = [*self.damaged.values(), f"there is no checkpoint in {self.path}"][0]
+        require(not (self.damaged or self.finished),
+                f"nothing to resume: {why}; choose another --out")
+
+    def newest(self):
+        """-> (the newest readable checkpoint or None, {newer ones: what is wrong with them})."""
         damaged = {}
-        for folder in self.found:
+        for folder in self.found if self.mesh.rank == 0 else ():
             try:
-                saved = read_checkpoint(folder)
+                read_checkpoint(folder)
+                return folder, damaged
             except ValueError as e:
                 damaged[folder] = f"{e}"
-                continue
-            trainer = restore(saved, self.cfg, self.mesh, folder)
-            if differs := differences(trainer.sae.meta, meta or {}):
-                raise ValueError(f"{folder} was trained on other activations ({differs}); "
-                                 "give those that it was trained on")
-            self.mesh.barrier()  # all have read
-            self.settle(trainer.steps, damaged)
-            self.saved = trainer.steps
-            return trainer
-        if damaged or self.finished:
-            why = [*damaged.values(), f"there is no checkpoint in {self.path}"][0]
-            raise ValueError(f"nothing to resume: {why}; drop --resume or choose another --out")
+        return None, damaged
 
-    def settle(self, step, damaged={}):
+    def settle(self, step):
         """Make the directory what it was at `step`, without what cannot be read."""
+        self.mesh.barrier()  # all have read
+        self.saved, self.mark = step, (step, time.time())
         if self.mesh.rank:
             return
-        for folder, why in damaged.items():
+        for folder, why in self.damaged.items():
             print(f"{why}; using the checkpoint before it", file=sys.stderr)
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.rename(folder.with_name(f"damaged-{time.time():.0f}-{folder.name}"))
         for torn in self.path.glob("checkpoint-*.part"):
             shutil.rmtree(torn)
         config = dataclasses.asdict(self.cfg) | {"launch": self.launch}
-        (self.path / "config.json").write_text(json.dumps(config, indent=1))
-        log = self.path / "log.jsonl"
-        lines = log.read_text().splitlines(True) if log.exists() else []
-        whole = (line for line in lines if line.endswith("}\n"))  # a crash may have cut one short
-        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        save_atomic(self.path / "config.json", json.dumps(config, indent=1))
+        until = re.compile(r'{"step": (\d+), .*}\n')  # a crash may have cut a line short
+        lines = map(until.fullmatch, read(self.path / "log.jsonl").splitlines(True))
+        kept = (line[0] for line in lines if line and int(line[1]) <= step)
+        save_atomic(self.path / "log.jsonl", "".join(kept))
 
     def save(self, trainer):
         """Each shard writes what it owns; the checkpoint before stays."""
@@ -1022,21 +984,20 @@ class Run:
         self.mesh.barrier()  # all have written
         if self.mesh.rank == 0:
             part.rename(part.with_suffix(""))
-            for old in sorted(self.path.glob("checkpoint-*[0-9]"))[:-2]:
+            for old in self.checkpoints()[:-2]:
                 shutil.rmtree(old)
         self.saved, self.saved_at = trainer.steps, time.time()
 
     def log(self, trainer, info, val, tell):
         """A line of log.jsonl for each 200th of the run, with the NMSE of `val` for each tenth."""
-        done, left = trainer.steps, self.steps - trainer.steps
+        done, left, batch = trainer.steps, self.steps - trainer.steps, self.cfg.batch
         evaluate = val is not None and (not left or done % max(1, self.steps // 10) == 0)
         if not evaluate and left and done % max(1, self.steps // 200):
             return
         self.paces = [*self.paces[-19:], (time.time() - self.mark[1]) / (done - self.mark[0])]
         pace = sorted(self.paces)[len(self.paces) // 2]  # seconds a step, the median of late
-        line = {"step": done, "tokens": done * self.cfg.batch}
-        line |= {name: float(info[name]) for name in ("nmse", "l0", "dead")}
-        line["tokens_per_s"] = self.cfg.batch / pace
+        line = {"step": done, "tokens": done * batch, "nmse": info["nmse"],
+                "l0": info["l0"], "dead": float(info["dead"]), "tokens_per_s": batch / pace}
         line |= {"val_nmse": nmse(trainer.sae, val)} if evaluate else {}
         self.mark = done, time.time()
         if self.mesh.rank == 0:
@@ -1049,9 +1010,7 @@ class Run:
         trainer.sae.product_dtype = None
         torch.set_float32_matmul_precision("highest")
         saes = {"raw": trainer.sae, "ema": trainer.averaged()}
-        scores = {"ema": math.nan}
-        if val is not None:
-            scores = {name: nmse(sae, val) for name, sae in saes.items()}
+        scores = {"ema": math.nan} if val is None else {s: nmse(saes[s], val) for s in saes}
         kept = min(scores, key=scores.get)
         self.save(trainer)
         sae, config = saes[kept], dataclasses.asdict(self.cfg)
@@ -1070,36 +1029,37 @@ class Run:
         return sae
 
 def hold(path):
-    """A lock on the directory, made if need be. Raises ValueError if another process holds it."""
+    """A lock on the directory, which ends with the process. Raises ValueError if another has it."""
     path.mkdir(parents=True, exist_ok=True)
     lock = open(path / ".lock", "a+")
     try:
         import fcntl  # which Windows does not have
-
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is writing to {path}; choose another --out") from None
-    except ImportError:
+    except (ImportError, OSError):  # nor every file system
         pass
     return lock
 
 def read_checkpoint(folder):
     """-> what each shard wrote. Raises ValueError if a file is damaged, or of another version."""
     saved = [load_file(file, mmap=True) for file in sorted(folder.glob("*.pt"))]
-    if not saved or "c" not in saved[0]:
-        raise ValueError(f"{folder} was written by another version of sae.py")
+    require(saved and "c" in saved[0], f"{folder} was written by another version of sae.py")
     return saved
 
 def restore(saved, cfg, mesh=ALONE, source="the checkpoint"):
-    """The Trainer of a checkpoint, whatever shards wrote it. Raises ValueError if it was made with
-    other settings, but for those that change no result."""
-    free = ("resume", "minutes", "out", "acts", "device", "shards", "accumulate")
+    """The Trainer of a checkpoint, of any shards. Raises ValueError where settings differ."""
+    free = ("resume", "minutes", "out", "acts", "device", "shards", "accumulate")  # change nothing
     mine = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
-    if differs := differences(saved[0]["config"], mine):
-        raise ValueError(f"{source} was made with another configuration ({differs}); "
-                         "use those values or another --out")
+    said, remedy = "was made with another configuration", "use those values or another --out"
+    agree(saved[0]["config"], mine, f"{source} {said}", remedy)
     own = mesh.part(cfg.n_latents)
-    rows = lambda name: rows_of([s["tensors"][name] for s in saved], own, name.startswith("b_pre"))
+    def rows(name):  # of what the shards, equally large, hold between them
+        parts = [s["tensors"][name] for s in saved]
+        starts = range(0, cfg.n_latents, len(parts[0]))
+        cut = [p[max(0, own.start - i) : max(0, own.stop - i)] for i, p in zip(starts, parts)]
+        return parts[0].clone() if name.startswith("b_pre") else torch.cat(cut)
+
     sae = mesh.sae(len(rows("b_pre")), cfg.n_latents, cfg.k)
     sae.load_state_dict({name: rows(name) for name in sae.state_dict()})
     sae.meta = saved[0]["meta"]
@@ -1115,25 +1075,17 @@ def restore(saved, cfg, mesh=ALONE, source="the checkpoint"):
     trainer.n_dead = int(mesh.all_reduce(own_dead, "shard"))
     return trainer
 
-def differences(there, here):
-    """What `here` has otherwise than `there`, in words."""
+def agree(there, here, message, remedy):
+    """Raises ValueError, with what differs, if `here` has anything otherwise than `there`."""
     pairs = ((name, there.get(name), value) for name, value in here.items())
-    return "; ".join(f"{name}: {a} there, {b} now" for name, a, b in pairs if a != b)
-
-def rows_of(parts, own, whole):
-    """Rows `own` (a range) of what a checkpoint's shards hold between them, or each `whole`."""
-    out, first = [], 0
-    for part in parts:
-        out.append(part[max(0, own.start - first) : max(0, own.stop - first)])
-        first += len(part)
-    return parts[0].clone() if whole else torch.cat(out)
+    differs = "; ".join(f"{name}: {a} there, {b} now" for name, a, b in pairs if a != b)
+    require(not differs, f"{message} ({differs}); {remedy}")
 
 def show(line):
     """One fixed-width progress line on stderr; on a terminal rewritten in place."""
     val = f"{line['val_nmse']:.4f}" if "val_nmse" in line else "      "
-    text = (f"{line['step']:>9,} | {line['nmse']:.4f} {val} | {line['l0']:5.1f} | "
-            f"{line['dead']:>6.0f} | {line['lr']:.1e} | {line['tokens_per_s']:>7,.0f} | "
-            f"{line['seconds_left']:>4.0f} s")
+    text = ("{step:>9,} | {nmse:.4f} {val} | {l0:5.1f} | {dead:>6.0f} | {lr:.1e} | "
+            "{tokens_per_s:>7,.0f} | {seconds_left:>4.0f} s").format(val=val, **line)
     start, end = ("\r", "\n" if val.strip() else "") if sys.stderr.isatty() else ("", "\n")
     if start or val.strip():
         print(start + text, end=end, file=sys.stderr, flush=True)
@@ -1157,10 +1109,8 @@ def next_batch(run, trainer, stream):
     except (StopIteration, ValueError) as e:  # the data is at fault, not the training so far
         if trainer.steps and not run.mesh.groups:  # the others know nothing of it
             run.save(trainer)
-        if isinstance(e, ValueError):
-            raise
-        done = f"after step {trainer.steps} of {run.steps}"
-        raise ValueError(f"the activations ended {done}; give more and --resume") from None
+        ended = f"the activations ended after step {trainer.steps} of {run.steps}; give more"
+        raise e if isinstance(e, ValueError) else ValueError(f"{ended} and --resume") from None
 
 def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
     """Train for cfg.tokens tokens. Returns the SAE: EMA or raw weights, whichever has the lower
@@ -1168,44 +1118,37 @@ def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
 
     cfg: a Config from `resolve`. batches: a function `step -> iterator of (B, d) activations from
     that step on`, or any iterable of them. val: held-out activations (N, d). meta: dict kept in the
-    SAE. log: is given each line of log.jsonl, in place of stderr. mesh: from `Mesh.join` under
-    torchrun; then `batches` gives this process's share (B / world, d), and a Shard comes back.
-    Writes into cfg.out. Ctrl-C and SIGTERM save a checkpoint, then raise KeyboardInterrupt. Raises
-    ValueError for data, settings and losses that cannot be trained on, and if a process is lost."""
-    if cfg.batch % (mesh.world * cfg.accumulate):
-        raise ValueError(f"a batch of {cfg.batch} cannot be cut into {mesh.world} processes times "
-                         f"{cfg.accumulate} parts; choose another --batch")
+    SAE. log: is given each line of log.jsonl, in place of stderr. mesh: from `Mesh.join`; then
+    `batches` gives this process's share (B / world, d), a Shard comes back. Writes into cfg.out.
+    Ctrl-C and SIGTERM save a checkpoint, then raise KeyboardInterrupt. Raises ValueError for what
+    cannot be trained on, and if a process is lost."""
+    require(cfg.batch % (mesh.world * cfg.accumulate) == 0, f"a batch of {cfg.batch} cannot be cut "
+            f"into {mesh.world} processes times {cfg.accumulate} parts; choose another --batch")
     start = batches if callable(batches) else lambda step: itertools.islice(batches, step, None)
-    lock = hold(Path(cfg.out)) if mesh.rank == 0 else None
-    try:
+    with hold(Path(cfg.out)) if mesh.rank == 0 else nullcontext():
         run = Run(cfg, mesh)
         trainer = run.resume(meta)
         stream = start(trainer.steps if trainer else 0)
         if not trainer:
             first = list(itertools.islice(stream, math.ceil(32768 / cfg.batch)))
-            everywhere = [mesh.all_gather(x.to(cfg.device), "world") for x in first]
-            trainer = run.begin(torch.cat(everywhere), meta)
+            trainer = run.begin(first, meta)
             stream = itertools.chain((first.pop(0) for _ in range(len(first))), stream)
-            del everywhere
+        run.settle(trainer.steps)
         if mesh.rank == 0 and not log:
             print("     step |   nmse    val |    l0 |   dead |      lr |   tok/s |    eta",
                   file=sys.stderr)
-        run.mark = trainer.steps, time.time()
         with asked_to_stop() as stop, mesh.watch(trainer):
             while trainer.steps < run.steps:
                 due = mesh.rank == 0 and time.time() - run.saved_at > 60 * cfg.minutes
                 x = next_batch(run, trainer, stream)
                 info = trainer.step(x, stop=bool(stop), save=due)
                 run.log(trainer, info, val, log or show)
-                if info["stop"] or info["save"] and trainer.steps < run.steps:
+                if info["stop"] or info["save"]:
                     run.save(trainer)
                 if info["stop"]:
                     raise KeyboardInterrupt(f"stopped at step {trainer.steps}; saved a checkpoint "
                                             f"in {cfg.out}; continue with --resume")
             return run.finish(trainer, val)
-    finally:
-        if lock:
-            lock.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1215,9 +1158,9 @@ def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
 PAPER_BATCH = 131_072
 
 def option(default, text, auto=""):
-    return field(default=default, metadata={"help": text, "auto": auto})
+    return dataclasses.field(default=default, metadata={"help": text, "auto": auto})
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     n_latents: int = option(32768, "latents n")
     k: int = option(32, "active latents a token")
@@ -1250,34 +1193,31 @@ def resolve(cfg, d_model, tokens):
     c = dataclasses.replace(cfg)
     kind = f"l1_{c.l1:g}" if c.l1 else f"k{c.k}_multi" if c.multi_topk else f"k{c.k}"
     c.out = c.out or f"runs/n{c.n_latents}_{kind}"
-    if c.l1 < 0 or c.l1 and c.multi_topk:
-        raise ValueError(f"--l1 {c.l1:g} must be positive, and goes without --multi_topk")
+    require(c.l1 == 0 or c.l1 > 0 and not c.multi_topk,
+            f"--l1 {c.l1:g} must be positive, and goes without --multi_topk")
     if c.l1:
         c.k, c.aux_coef = c.n_latents, 0.0
-    if c.accumulate < 1:
-        raise ValueError(f"--accumulate {c.accumulate} must be at least 1")
-    if c.shards < 1 or c.shards > 1 and c.k == c.n_latents:
-        raise ValueError(f"--shards {c.shards} must be positive, and goes with TopK only "
-                         "(k < n_latents, no --l1)")
-    if not 1 <= c.k <= c.n_latents:
-        raise ValueError(f"k = {c.k} must be between 1 and n_latents = {c.n_latents}")
+    require(c.accumulate >= 1, f"--accumulate {c.accumulate} must be at least 1")
+    require(c.shards >= 1, f"--shards {c.shards} must be at least 1")
+    require(c.shards == 1 or c.k != c.n_latents,
+            f"--shards {c.shards} goes with TopK only (k < n_latents, no --l1)")
+    require(1 <= c.k <= c.n_latents, f"k = {c.k} must be between 1 and n_latents = {c.n_latents}")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     c.tokens = c.tokens or tokens
     most = min(PAPER_BATCH, max(1024, 2**29 // c.n_latents)) if c.l1 else PAPER_BATCH  # dense codes
     c.batch = c.batch or min(most, max(1024, 2 ** round(math.log2(max(c.tokens, 1) / 2000))))
     steps = c.tokens // c.batch if c.batch > 0 else 0
-    if steps < 1:
-        raise ValueError(f"{c.tokens:,} tokens are less than one batch of {c.batch:,}; "
-                         "lower --batch or harvest more")
+    require(steps > 0, f"{c.tokens:,} tokens are less than one batch of {c.batch:,}; "
+            "lower --batch or harvest more")
     paper_lr = 1e-4 * math.sqrt(32768 / c.n_latents)
     c.lr = c.lr or max(paper_lr, min(2e-3, paper_lr * 20_000 / steps))
     c.k_aux = c.k_aux or 2 ** int(math.log2(max(2, d_model // 2)))
     c.dead_tokens = c.dead_tokens or min(10_000_000, max(c.tokens // 100, c.batch))
     c.ema = c.ema or min(0.999, 1 - 1 / max(2, 0.07 * steps))
+    require(0 <= c.ema < 1, f"--ema {c.ema} must be below 1")
     fast = c.device.startswith("cuda") or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     c.precision = c.precision or ("bf16" if fast else "fp32")
-    if c.precision not in ("bf16", "fp32"):
-        raise ValueError(f"--precision {c.precision}: choose bf16 or fp32")
+    require(c.precision in ("bf16", "fp32"), f"--precision {c.precision}: choose bf16 or fp32")
     return c
 
 def parse_config(argv=None):
@@ -1302,14 +1242,13 @@ def parse_config(argv=None):
     return a, Config(**{f.name: getattr(a, f.name) for f in dataclasses.fields(Config)})
 
 def plan(cfg, d, world=1, speeds=(790, 4300, 50), dead=0.05):
-    """What a run would take, before renting it: {row: (amount, unit)}, counted, not measured. d:
-    d_model. world: devices; speeds of one: TFLOP/s, GB/s of memory, GB/s to others. dead: the share
-    of latents that are. Bytes are a device's at the peaks of a step; times are added, nothing is
-    overlapped. Raises ValueError where something does not divide."""
+    """What a run takes, before renting it: {row: (amount, unit)}, counted, not measured; bytes a
+    device, at a step's peaks; times added up. d: d_model. world: devices. speeds of one: TFLOP/s,
+    GB/s of memory, GB/s to others. dead: share of latents. ValueError where sizes do not divide."""
     S, R, n = cfg.shards, world // cfg.shards, cfg.n_latents
-    if world % S or n % S or cfg.batch % (R * cfg.accumulate):
-        raise ValueError(f"{world} devices, {S} shards, n = {n} and a batch of {cfg.batch} in "
-                         f"{cfg.accumulate} parts must divide without rest")
+    rest = world % S, n % S, cfg.batch % (world * cfg.accumulate)
+    require(not any(rest), f"{world} devices, {S} shards, n = {n} and batches of {cfg.batch} in "
+            f"{cfg.accumulate} parts must divide without rest")
     kind, size = cfg.device.split(":")[0], 2 if cfg.precision == "bf16" else 4
     own, tokens = n // S, cfg.batch // R
     own_dead, k_aux = int(own * dead), min(cfg.k_aux, int(n * dead)) if cfg.aux_coef else 0
@@ -1342,11 +1281,12 @@ def plan(cfg, d, world=1, speeds=(790, 4300, 50), dead=0.05):
     return out | {"a billion tokens": (sum(seconds.values()) / cfg.batch / 3.6e-6, "hours")}
 
 def show_plan(cfg, a):
-    number = lambda x: float(x) if x.replace(".", "", 1).isdigit() else 0.0
-    speeds = [number(x) for x in a.speeds.split(",")]
-    if len(speeds) != 3 or min(*speeds, a.world, a.d_model - 1) <= 0:
-        raise ValueError(f"--speeds {a.speeds} --world {a.world} --d_model {a.d_model}: give three "
-                         "positive numbers, such as 790,4300,50, and positive sizes")
+    speeds = []
+    with suppress(ValueError):
+        speeds = [float(x) for x in a.speeds.split(",")]
+    require(len(speeds) == 3 and min(*speeds, a.world, a.d_model - 1) > 0,
+            f"--speeds {a.speeds} --world {a.world} --d_model {a.d_model}: give three positive "
+            "numbers, such as 790,4300,50, and positive sizes")
     cfg = resolve(dataclasses.replace(cfg, device=cfg.device or "cuda"), a.d_model, 10**9)
     rows = plan(cfg, a.d_model, a.world, speeds)
     print(f"n {cfg.n_latents:,}, k {cfg.k}, d {a.d_model}, batch {cfg.batch:,}, {cfg.precision}, "
@@ -1355,7 +1295,6 @@ def show_plan(cfg, a):
 
 def main(argv=None):
     import harvest
-
     a, cfg = parse_config(argv)
     if a.plan:
         return show_plan(cfg, a)
@@ -1370,18 +1309,17 @@ def main(argv=None):
             data, held_out, tokens = harvest.source(cfg, alone=mesh.world == 1)
         mesh.barrier()
     meta, known = data.meta, mesh.broadcast((data.meta, tokens))
-    if known != (meta, tokens):
-        raise ValueError(f"this process has {meta}, the first one {known[0]}; "
-                         "give all machines the same --model, --text and --acts")
+    require(known == (meta, tokens), f"this process has {meta}, the first one {known[0]}; "
+            "give all machines the same --model, --text and --acts")
     cfg = resolve(cfg, meta["d_model"], tokens)
     val = held_out.sample(65536 if cfg.device.startswith("cuda") else 8192)[1].flatten(0, 1)
     where = {name: meta[name] for name in ("model", "layer", "site", "context", "text")}
     if mesh.rank == 0:
         print(f"{meta['model']}, layer {meta['layer']}, {meta['site']}: {cfg.tokens:,} tokens, "
-              f"d {meta['d_model']}, n {cfg.n_latents}, k {cfg.k}, batch {cfg.batch}, "
-              f"lr {cfg.lr:.2g}, ema {cfg.ema:.4g}, dead after {cfg.dead_tokens:,} tokens, "
-              f"{cfg.precision} on {cfg.device}, {mesh.replicas} x {mesh.shards} processes, "
-              f"into {cfg.out}", file=sys.stderr)
+              f"d {meta['d_model']}, n {cfg.n_latents}, k {cfg.k}, batch {cfg.batch}, lr "
+              f"{cfg.lr:.2g}, ema {cfg.ema:.4g}, dead after {cfg.dead_tokens:,} tokens, "
+              f"{cfg.precision} on {cfg.device}, {mesh.replicas} x {mesh.shards} processes, into "
+              f"{cfg.out}", file=sys.stderr)
     share, place = cfg.batch // mesh.world, (cfg.device, mesh.rank, mesh.world)
     batches = lambda step: data.batches(share, cfg.seed, step, *place)
     train(cfg, batches, val, where, mesh=mesh)
@@ -1389,5 +1327,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     import harvest
-
     harvest.run_main(main)

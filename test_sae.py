@@ -380,7 +380,7 @@ def fast(m, u, c, dead, k_aux, alpha, multi=False):
     loss, nmse, e, *_ = S.losses(m, u, c, aux, multi)
     loss.backward()
     variance, square = (e - e.mean(0)).square().mean(), e.square().mean()
-    aux.add(alpha * S.one_over(variance, square, e.dtype), lambda rows: rows)
+    aux.add(alpha * S.one_over(variance, square, e), lambda rows: rows)
     return [nmse, *(p.grad.clone() for p in m.parameters())]
 
 
@@ -542,6 +542,20 @@ def test_auxk_of_a_constant_residual_is_zero_not_nan():
         gradients = [p.grad for p in m.parameters() if p.grad is not None]
         assert loss.item() == 0 and all(g.isfinite().all() for g in gradients)
         m.zero_grad()
+
+
+def test_a_residual_of_rounding_is_no_signal():
+    """Where the live latents reconstruct all of u, the dead ones get no gradient."""
+    m = S.Sparse(8, 40, 1).double()
+    with torch.no_grad():
+        rows = randn(8, 8)
+        m.W_dec[:8] = F.normalize(rows - rows.mean(1, keepdim=True), dim=1)
+        m.W_enc.copy_(m.W_dec)
+        m.W_enc[8:] *= 0.6
+    u, dead = m.W_dec[:8].detach().repeat(3, 1), torch.arange(8, 40)
+    grads, plain_grads = (how(m, u, 0.1, dead, 4, 1 / 32) for how in (fast, oracle))
+    assert 0 < grads[0] < 1e-25 and all(g[8:].abs().max() == 0 for g in grads[1:3])
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(grads, plain_grads, strict=True))
 
 
 # ----------------------------------------------------------------------------- the model as a whole
@@ -809,7 +823,7 @@ def test_resume_refuses_another_configuration(tmp_path):
     assert m.meta["tokens"] == 64 * 40
     for folder in Path(cfg.out).glob("checkpoint*"):
         shutil.rmtree(folder)
-    nothing = "nothing to resume: there is no checkpoint in .*; drop --resume"
+    nothing = "nothing to resume: there is no checkpoint in .*; choose another --out"
     with pytest.raises(ValueError, match=nothing):
         S.train(dataclasses.replace(cfg, resume=True), planted_batches)
 
@@ -1028,6 +1042,36 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
     assert left == ["checkpoint-000000039", "checkpoint-000000040"]
 
 
+def test_what_cannot_be_read_is_kept_and_what_is_not_its_own_is_left(tmp_path):
+    """A damaged checkpoint is put aside, not deleted; settings and log may be damaged too; copies
+    that somebody made beside the checkpoints are never taken for one, nor touched."""
+    cfg = tiny_config(tmp_path, minutes=0.0)
+    whole, out = S.train(cfg, planted_batches, planted(100)), Path(cfg.out)
+    shutil.copytree(newest(out), out / "checkpoint-keep")
+    shutil.copytree(newest(out), out / "checkpoints_of_mine" / "x")
+    (newest(out) / "0000.pt").write_bytes(b"torn")
+    (out / "config.json").write_text("")
+    log = (out / "log.jsonl").read_text()
+    (out / "log.jsonl").write_text(log[: len(log) // 2] + "\n" + log)
+    (out / "sae.pt").unlink()
+    again = S.train(dataclasses.replace(cfg, resume=True), planted_batches, planted(100))
+    assert same_weights(whole, again)
+    kept = [p for p in out.iterdir() if p.name.startswith("damaged")]
+    assert len(kept) == 1 and (kept[0] / "0000.pt").read_bytes() == b"torn"
+    assert (out / "checkpoint-keep/0000.pt").exists() and (out / "checkpoints_of_mine/x").exists()
+    assert read_log(out)[-1]["step"] == 40 and read_json(out / "config.json")["n_latents"] == 64
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    S.train(tiny_config(tmp_path), planted_batches)
+
+
 def test_one_process_at_a_time_writes_a_run(tmp_path):
     cfg = tiny_config(tmp_path)
     other = S.hold(Path(cfg.out))
@@ -1152,6 +1196,8 @@ def test_the_plan_on_the_command_line(capsys):
 def test_meshes_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="cannot be cut into 4 shards"):
         S.main([*map(str, TINY), "--shards", "4", "--out", str(tmp_path / "x")])
+    with pytest.raises(ValueError, match="must be below 1"):
+        S.resolve(S.Config(ema=1.0), 16, 10**6)
     with pytest.raises(ValueError, match="at least 1"):
         S.resolve(S.Config(accumulate=0), 16, 10**6)
     with pytest.raises(ValueError, match="TopK only"):
