@@ -693,6 +693,24 @@ def test_a_step_is_adam_on_the_projected_gradient(tmp_path):
         assert torch.allclose(ours[settled], new[settled], atol=2e-5), name
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_step_has_the_gradient_of_the_objective(tmp_path, parts):
+    """All of it, AuxK's weight included, whatever the parts of the batch."""
+    t = make_trainer(tmp_path, accumulate=parts, k_aux=4)
+    t = S.Trainer(t.cfg, t.sae.double(), t.c)
+    dead, x = torch.arange(0, 64, 5), planted(64, seed=5).double()
+    t.silent[dead] = 10**6
+    t.n_dead = t.own_dead = len(dead)
+    before = plain(t.sae)
+    S.objective(before, S.normalize(x)[0], t.c, dead, 4, 1 / 32).backward()
+    t.step(x)
+    for (name, p), w in zip(t.sae.named_parameters(), before.parameters(), strict=True):
+        g = w.grad
+        if name == "W_dec":
+            g = g - (g * w).sum(1, keepdim=True) * w
+        assert torch.allclose(p.grad, g, rtol=0, atol=1e-14), name
+
+
 @pytest.mark.parametrize("dense, expected", [(True, 1), (False, 2)])  # AuxK's too, if not dense
 def test_both_weight_gradients_share_one_order(monkeypatch, dense, expected):
     m, u, sorts = make_sae(5, 60, 3), S.normalize(randn(9, 5))[0], []
