@@ -1162,10 +1162,10 @@ def test_accumulation_equals_the_big_batch(tmp_path, kw):
 PLANNED = [
     dict(n=4096, d=256, batch=2048),
     dict(n=4096, d=256, batch=2048, precision="fp32"),
-    dict(n=4096, d=256, batch=16384),
+    dict(n=4096, d=256, batch=8192),
     dict(n=32768, d=128, batch=1024),
-    dict(n=32768, d=256, batch=4096, own_dead=1638),
-    dict(n=4096, d=256, batch=16384, own_dead=204),
+    dict(n=32768, d=256, batch=2048, own_dead=1638),
+    dict(n=4096, d=256, batch=8192, own_dead=204),
     dict(n=4096, d=256, batch=8192, accumulate=4),
     dict(n=8192, d=256, batch=4096, shards=2),
 ]
