@@ -27,6 +27,7 @@ import ctypes
 import dataclasses
 import datetime
 import functools
+import gc
 import itertools
 import json
 import math
@@ -820,10 +821,17 @@ class Mesh:
         return box[0]
 
     barrier = lambda self: dist.barrier() if self.groups else None
-    leave = lambda self: dist.destroy_process_group() if self.groups else None
     sae = lambda self, *args: Shard(*args, self) if self.shards > 1 else Sparse(*args)
     trainer = lambda self, *args: ParallelTrainer(*args, self) if self.groups else Trainer(*args)
     __deepcopy__ = lambda self, memo: self
+
+    def leave(self):
+        """A group that lives until the interpreter ends aborts it: gloo's threads, torch 2.13."""
+        if self.groups:
+            dist.barrier()
+            self.groups.clear()
+            dist.destroy_process_group()
+            gc.collect()
 
     @contextmanager
     def watch(self, trainer):
