@@ -906,7 +906,7 @@ def torchrun(tmp_path, processes, code, *flags, env=(), timeout=180):
     return python(*launch, *flags, script, cwd=tmp_path, env=env, timeout=timeout)
 
 
-DYING = {"dead_tokens": 200, "k_aux": 4, "clip": 0.5}
+DYING = {"dead_tokens": 200, "k_aux": 4, "clip": 0.05}
 MESH_CASES = [
     (torch.float64, {}, False, 1e-9),
     (torch.float64, DYING, True, 1e-9),  # the dead are all on the first shard, or on some
@@ -1057,6 +1057,7 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
     again = S.train(dataclasses.replace(cfg, resume=True), planted_batches)
     whole = S.train(tiny_config(tmp_path / "whole"), planted_batches)
     assert same_weights(whole, again)
+    assert [line["step"] for line in read_log(cfg.out)] == list(range(1, 41))
     left = sorted(f.name for f in Path(cfg.out).glob("checkpoint*"))
     assert left == ["checkpoint-000000039", "checkpoint-000000040"]
 
