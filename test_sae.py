@@ -1226,6 +1226,22 @@ def test_meshes_that_cannot_be(tmp_path):
         S.train(tiny_config(tmp_path, accumulate=3), planted_batches)
 
 
+def test_every_process_reads_its_own_share(tmp_path, acts_dir):
+    """The command under torchrun, with two shards: each asks for its half of every batch."""
+    code = f"""
+batches = T.harvest.Acts.batches
+def record(acts, batch, seed, step, device, part, parts):
+    T.Path(out, os.environ["RANK"]).write_text(f"{{batch}} {{part}} {{parts}}")
+    return batches(acts, batch, seed, step, device, part, parts)
+T.harvest.Acts.batches = record
+run = ["--acts", {str(acts_dir)!r}, "--out", out + "/r", "--shards", "2"]
+S.main([*map(str, T.TINY), *run])"""
+    result = torchrun(tmp_path, 2, code)
+    assert result.returncode == 0, result.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["64 0 2", "64 1 2"]
+    assert len(S.SAE.load(tmp_path / "r/sae.pt").W_dec) == 64  # whole, though each had a half
+
+
 def test_replicas_read_disjoint_halves(acts_dir):
     acts = harvest.Acts(acts_dir)
     half = len(acts) // 2 * acts.tokens.shape[1]
