@@ -879,7 +879,9 @@ class ParallelTrainer(Trainer):
     def __init__(self, cfg, sae, c, mesh):
         super().__init__(cfg, sae, c)
         self.mesh, self.share = mesh, 1 / mesh.replicas
-        self.everywhere = lambda x: mesh.all_reduce(x, "replica")
+
+    def everywhere(self, x):
+        return self.mesh.all_reduce(x, "replica")
 
     def backward(self, loss, last):
         """Gradients are summed while the last backward pass goes on."""
@@ -1053,11 +1055,14 @@ def read_checkpoint(folder):
     """-> what each shard wrote. Raises ValueError if a file is damaged, or of another version."""
     saved = [load_file(file, mmap=True) for file in sorted(folder.glob("*.pt"))]
     require(saved and "c" in saved[0], f"{folder} was written by another version of sae.py")
+    rows = sum(len(shard["tensors"]["b_enc"]) for shard in saved)
+    require(rows == saved[0]["config"]["n_latents"], f"{folder} lacks the file of a shard")
     return saved
 
 def restore(saved, cfg, mesh=ALONE, source="the checkpoint"):
-    """The Trainer of a checkpoint, of any shards. Raises ValueError where settings differ."""
-    free = ("resume", "minutes", "out", "acts", "device", "shards", "accumulate")  # change nothing
+    """The Trainer of a checkpoint, of any shards. Raises ValueError where settings differ, but for
+    those that change no weight, or only how the text is divided among processes."""
+    free = ("resume", "minutes", "out", "acts", "device", "shards", "accumulate")
     mine = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
     said, remedy = "was made with another configuration", "use those values or another --out"
     agree(saved[0]["config"], mine, f"{source} {said}", remedy)

@@ -1024,6 +1024,9 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
         for name, tensor in whole.state()["tensors"].items():
             expected = tensor if name.startswith("b_pre") else tensor[own.start : own.stop]
             assert torch.equal(part.state()["tensors"][name], expected)
+    (newest(tmp_path / "calm") / "0001.pt").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="000200 lacks the file of a shard"):
+        S.read_checkpoint(newest(tmp_path / "calm"))
     kept = whole.averaged() if a.meta["weights"] == "ema" else whole.sae
     x = planted(50, seed=3)
     assert torch.equal(kept(x), a(x))
