@@ -5,14 +5,17 @@
     python evals.py 8.pt --model gpt2 --layer 8 --all   # one of OpenAI's released autoencoders
     python evals.py --fit runs/*                        # scaling laws through many runs
     python evals.py runs/n32768_k32 --report            # report.html: all latents, in a browser
+    python evals.py runs/n2048_k32 runs/n8192_k32       # several, and their paired differences
 
 One function a metric, its call and its rows of the table in `@metric` above it. It takes an SAE and
 plain tensors or a place in a language model, in the order sae, site, tokens, and returns a dict of
-numbers; NAME_se is the standard error of NAME. Losses are in nats per token. Results are kept: a
-second call computes what is missing. Sections are the paper's; the first two of them are quick."""
+numbers; NAME_se is the standard error of NAME, over documents where text is sampled. Losses are in
+nats per token. Results are kept: a second call computes what is missing. Sections are the paper's;
+the first two of them are quick."""
 
 import argparse
 import base64
+import itertools
 import json
 import math
 import sys
@@ -20,8 +23,9 @@ import time
 from array import array
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +39,7 @@ from sae import Sparse, keep_heap, load_file
 CHUNK = 8192  # tokens encoded at a time
 METRICS = {}  # name -> what `@metric` says, in the order in which they run
 PLACE = ("model", "layer", "site", "text")  # what tells activations from others
+HASHES = ("model_sha256", "text_sha256")  # and their names do not
 
 @dataclass
 class metric:
@@ -87,17 +92,44 @@ def chunks(n, size, label, unit):
         progress(min(start + size, n))
     progress.finish()
 
-def standard_error(samples):
-    """Of the mean of samples (N); nan for one sample."""
-    return (samples.std() / math.sqrt(len(samples))).item() if len(samples) > 1 else math.nan
-
 def means(**samples):
-    """{name: samples (N)} -> {name: their mean, name_se: its standard error}."""
+    """{name: independent samples (N)} -> {name: their mean, name_se: its standard error}."""
     out = {}
     for name, v in samples.items():
         v = torch.as_tensor(v, dtype=torch.float64)
-        out |= {name: v.mean().item(), name + "_se": standard_error(v)}
+        error = (v.std() / math.sqrt(len(v))).item() if len(v) > 1 else math.nan
+        out |= {name: v.mean().item(), name + "_se": error}
     return out
+
+def leave_one_out(document, top, bottom=None):
+    """Sum of `top` over that of `bottom` (default: 1 each), both (C) of contexts -> of all of them,
+    then without each document in turn: (1 + G). document: the number of each context's own (at
+    least C), or None where they are independent."""
+    top = torch.as_tensor(top, dtype=torch.float64).cpu()
+    bottom = torch.ones_like(top) if bottom is None else bottom.double().cpu()
+    document = torch.arange(len(top)) if document is None else document[: len(top)]
+    which = document.unique(return_inverse=True)[1]
+    sums = torch.zeros(int(which.max()) + 1, 2, dtype=torch.float64)
+    sums.index_add_(0, which, torch.stack([top, bottom], 1))
+    top, bottom = torch.cat([sums.sum(0)[None], sums.sum(0) - sums]).T
+    return top / bottom
+
+def jackknife(rest):
+    """Estimates without each document in turn (G) -> their standard error; nan for one."""
+    rest = torch.as_tensor(rest, dtype=torch.float64)
+    G = len(rest)
+    return ((G - 1) / G * (rest - rest.mean()).square().sum()).sqrt().item() if G > 1 else math.nan
+
+def estimates(**values):
+    """{name: any function of what `leave_one_out` gave} -> {name, name_se: over documents}; and
+    `replicates`, the estimates without each of them, with which two results can be compared."""
+    out = {name: v[0].item() for name, v in values.items()}
+    out |= {name + "_se": jackknife(v[1:]) for name, v in values.items()}
+    return out | {"replicates": {name: v[1:].tolist() for name, v in values.items()}}
+
+def joined(a, b):
+    """Two results as one."""
+    return a | b | {"replicates": a["replicates"] | b["replicates"]}
 
 def pick(result, *keys):
     """Those entries of a dict."""
@@ -116,33 +148,40 @@ def squared_errors(sae, x, code=None):
         parts.append(((u - u_hat).square().sum(1), ratio, (values > 0).sum(1)))
     return [torch.cat(part).double().view(x.shape[:-1]) for part in zip(*parts)]
 
-def variance(sae, x):
-    """Of raw x (..., d), normalised: the squared error of always predicting the mean."""
-    x = x.flatten(0, -2)
-    units = (sae.unit(chunk)[0] for chunk in x.split(CHUNK))
-    sums = [(u.sum(0).double(), u.square().sum().double()) for u in units]
-    total, square = map(sum, zip(*sums))
-    return (square / len(x) - (total / len(x)).square().sum()).clamp_min(1e-30)
+def spread(sae, x):
+    """Of raw x (..., d), normalised: squared distances from their mean (...), over which errors
+    are an NMSE."""
+    units = lambda: (sae.unit(chunk)[0].double() for chunk in x.flatten(0, -2).split(CHUNK))
+    mean = sum(u.sum(0) for u in units()) / math.prod(x.shape[:-1])
+    distances = torch.cat([(u - mean).square().sum(1) for u in units()])
+    return distances.clamp_min(1e-30).view(x.shape[:-1])
 
-@metric(lambda c: reconstruction(c.sae, c.val), quick=True, rows=[
+@metric(lambda c: reconstruction(c.sae, c.val, document=c.document), quick=True, rows=[
     ("nmse", "NMSE, held-out"), ("l0", "L0", "latents/token"),
     ("norm_ratio", "norm of reconstruction / input")])
-def reconstruction(sae, x, code=None):
+def reconstruction(sae, x, code=None, document=None):
     """Raw x (N, d) or (contexts, T, d) -> nmse (squared error over that of always predicting the
     mean, both normalised), l0 (active latents a token), norm_ratio (of reconstruction over input).
-    Standard errors are over the first dimension. code: u -> (values, indices), or sae.encode."""
-    errors, ratios, active = squared_errors(sae, x.reshape(len(x), -1, sae.d_model), code)
-    nmse = errors / variance(sae, x)
-    out = means(nmse=nmse.mean(1), l0=active.mean(1), norm_ratio=ratios.mean(1))
-    return out | {"tokens": errors.numel()}
+    code: u -> (values, indices), or sae.encode. document: as in `leave_one_out`."""
+    x = x.reshape(len(x), -1, sae.d_model)
+    of = partial(leave_one_out, document)
+    errors, ratios, active = (v.mean(1) for v in squared_errors(sae, x, code))
+    nmse = of(errors, spread(sae, x).mean(1))
+    found = estimates(nmse=nmse, l0=of(active), norm_ratio=of(ratios))
+    return found | {"tokens": math.prod(x.shape[:-1])}
 
-@metric(lambda c: memorization(c.sae, c.more, c.val), quick=True, needs="trained_on",
-    rows=[("nmse_train", "NMSE, training text"), ("gap", "held-out less training NMSE")])
-def memorization(sae, train, held_out):
-    """NMSE on training against held-out x, (contexts, T, d) each: a gap that grows with n."""
-    a, b = reconstruction(sae, train), reconstruction(sae, held_out)
-    return {"nmse_train": a["nmse"], "nmse_train_se": a["nmse_se"], "tokens": a["tokens"],
-            "gap": b["nmse"] - a["nmse"], "gap_se": math.hypot(a["nmse_se"], b["nmse_se"])}
+@metric(lambda c: memorization(c.sae, *c.trained_and_kept), quick=True, needs="trained_on",
+    rows=[("nmse_train", "NMSE, contexts trained on"),
+          ("nmse_kept", "NMSE, kept back between these"), ("gap", "kept back less trained on")])
+def memorization(sae, train, kept, document=None):
+    """NMSE on contexts that were trained on and on such of the same documents as were not, x
+    (contexts, T, d) each: a gap that grows with n. document: of all, those trained on first."""
+    x = torch.cat([train, kept])
+    errors, distances = squared_errors(sae, x)[0].mean(1), spread(sae, x).mean(1)
+    first = (torch.arange(len(x)) < len(train)).to(errors)
+    a, b = (leave_one_out(document, errors * w, distances * w) for w in (first, 1 - first))
+    found = estimates(nmse_train=a, nmse_kept=b, gap=b - a)
+    return found | {"tokens": math.prod(x.shape[:-1])}
 
 def latent_sums(sae, x):
     """Raw x (..., d) -> (n) each: how many tokens a latent fires on, the sum of its z^2 there."""
@@ -191,21 +230,21 @@ def dense_latents(sae, x, tokens, top=10):
     names = ("latent", "density", "position", "first_token", "repetition")
     return {"densest": [dict(zip(names, row)) for row in rows], "tokens": len(z)}
 
-@metric(lambda c: positions(c.sae, c.val), quick=True, of="contexts",
+@metric(lambda c: positions(c.sae, c.val, c.document), quick=True, of="contexts",
     page=lambda r: {"plots": {"positions": pick(r, "nmse", "norm")}}, rows=[
     ("nmse_first", "NMSE, first position"), ("nmse_later", "NMSE, later positions"),
     ("norm_first", "norm of the input, first position"),
     ("norm_later", "norm of the input, later positions")])
-def positions(sae, x):
-    """x (contexts, T, d) -> nmse (mean: as `reconstruction`) and norm: lists over T, first,
-    later."""
-    nmse = squared_errors(sae, x)[0] / variance(sae, x)
-    norm = x.to(nmse.device).float().norm(dim=2).double()
-    out = {}
-    for name, v in (("nmse", nmse), ("norm", norm)):
-        out[name] = v.mean(0).tolist()
-        out |= means(**{name + "_first": v[:, 0], name + "_later": v[:, 1:].mean(1)})
-    return out | {"contexts": len(x)}
+def positions(sae, x, document=None):
+    """x (contexts, T, d) -> nmse (mean: as `reconstruction`) and norm: lists over T, first, later.
+    document: as in `leave_one_out`."""
+    errors, distances = squared_errors(sae, x)[0], spread(sae, x).mean(1)
+    norm = x.to(errors.device).float().norm(dim=2).double()
+    found, of = {}, partial(leave_one_out, document)
+    for name, v, over in (("nmse", errors, distances), ("norm", norm, None)):
+        found |= {name + "_first": of(v[:, 0], over), name + "_later": of(v[:, 1:].mean(1), over)}
+    lists = {"nmse": (errors.mean(0) / distances.mean()).tolist(), "norm": norm.mean(0).tolist()}
+    return estimates(**found) | lists | {"contexts": len(x)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,38 +285,34 @@ def patched_losses(site, tokens, edits, label="downstream"):
     per = {name: torch.cat(parts).double().cpu() for name, parts in losses.items()}
     return per | {"delta_" + name: per["ce_" + name] - per["ce"] for name in edits}
 
-@metric(lambda c: downstream(c.sae, c.site, c.chosen, c.val.mean((0, 1))), quick=True,
-    unit="nats/token", rows=[
+@metric(lambda c: downstream(c.sae, c.site, c.chosen, c.val.mean((0, 1)), c.document),
+    quick=True, unit="nats/token", rows=[
     ("ce", "CE of the model itself"), ("ce_sae", "CE with the reconstruction"), ("delta_ce", "ΔCE"),
     ("kl", "KL(original || patched)"),
     ("ce_mean", "CE, mean ablation"), ("ce_zero", "CE, zero ablation"),
     ("recovered_mean", "loss recovered against mean ablation", ""),
     ("recovered_zero", "loss recovered against zero ablation", ""),
     ("compute_equivalent", "compute-equivalent", "of training")])
-def downstream(sae, site, tokens, mean=None):
+def downstream(sae, site, tokens, mean=None, document=None):
     """Losses (nats a token) of the model on tokens (C, T) with each activation replaced by its
-    reconstruction, zero, or mean (d; default: over `tokens`); errors are over contexts. sae: an
-    SAE, or a function from activations (B, T, d) to their replacement. recovered_X: (CE_X - CE_sae)
-    / (CE_X - CE), which X = zero flatters. compute_equivalent may be None: see its _why."""
+    reconstruction, zero, or mean (d; default: over `tokens`). sae: an SAE, or a function from
+    activations (B, T, d) to their replacement. recovered_X: (CE_X - CE_sae) / (CE_X - CE), which X
+    = zero flatters. compute_equivalent may be None: see its _why. document: as `leave_one_out`."""
     if mean is None:
         mean = site.acts(tokens).flatten(0, 1).mean(0)
     edits = {"sae": sae, "zero": torch.zeros_like, "mean": lambda a: mean.to(a).expand_as(a)}
-    per = patched_losses(site, tokens, edits)
-    lost = per["delta_sae"]
-    out = means(**pick(per, "ce", "ce_sae", "ce_zero", "ce_mean"), delta_ce=lost, kl=per["kl_sae"])
+    per, of = patched_losses(site, tokens, edits), partial(leave_one_out, document)
+    found = {name: of(per[name]) for name in ("ce", "ce_sae", "ce_zero", "ce_mean")}
+    found |= {"delta_ce": of(per["delta_sae"]), "kl": of(per["kl_sae"])}
     for name in ("zero", "mean"):
-        gap = per["delta_" + name]
-        share, error = math.nan, math.nan
-        if gap.any():
-            share = (lost.mean() / gap.mean()).item()
-            error = standard_error(lost - share * gap) / abs(gap.mean().item())  # of a ratio
-        out |= {f"recovered_{name}": 1 - share, f"recovered_{name}_se": error}
-    deltas = [out["delta_ce"] + side * out["delta_ce_se"] for side in (0, -1, 1)]
-    (share, why), (low, _), (high, _) = (compute_equivalent(site.model.curve, d) for d in deltas)
-    error = math.nan if None in (low, high) else abs(low - high) / 2
-    return out | {"compute_equivalent": share, "compute_equivalent_se": error,
-                  "compute_equivalent_why": why, "contexts": len(tokens),
-                  "tokens": len(tokens) * (tokens.shape[1] - 1)}
+        found["recovered_" + name] = 1 - of(per["delta_sae"], per["delta_" + name])
+    shares = [compute_equivalent(site.model.curve, delta) for delta in found["delta_ce"].tolist()]
+    known = [math.nan if share is None else share for share, _ in shares]
+    found["compute_equivalent"] = torch.tensor(known, dtype=torch.float64)
+    share, why = shares[0]
+    return estimates(**found) | {"compute_equivalent": share, "compute_equivalent_why": why,
+                                 "contexts": len(tokens),
+                                 "tokens": len(tokens) * (tokens.shape[1] - 1)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,15 +358,16 @@ def refit(W, v, z, ridge):
     h = ((W @ v[:, :, None])[:, :, 0] + ridge * z) * on
     return nnls(G, h, z)
 
-@metric(lambda c: refinement(c.sae, c.val[: c.few]), rows=[
+@metric(lambda c: refinement(c.sae, c.val[: c.few], document=c.document), rows=[
     ("ratio", "refined / original activations"),
     ("ratio_median", "the same, median of single ones"),
     ("nmse_refined", "NMSE after refinement"), ("gain", "share of the error that it removes")])
-def refinement(sae, x, ridge=1e-9):
+def refinement(sae, x, ridge=1e-9, document=None):
     """Refit the active values of each token of x (contexts, T, d), z >= 0, decoder and support
-    fixed, exactly. ratio: sum of the refined over the sum of the original ones, a context (above 1:
-    they were shrunk); ratio_median: the median of single ones; nmse, nmse_refined. The tiny ridge,
-    towards the original values, only decides where active decoder rows are linearly dependent."""
+    fixed, exactly. ratio: sum of the refined over the sum of the original ones (above 1: they were
+    shrunk); ratio_median: the median of single ones; nmse, nmse_refined. The tiny ridge, towards
+    the original values, only decides where active decoder rows are linearly dependent. document:
+    as in `leave_one_out`."""
     parts = []
     for some in chunks(len(x), max(1, 1024 // x.shape[1]), "refinement", " contexts"):
         for u, values, indices in codes(sae, x[some]):
@@ -344,9 +380,9 @@ def refinement(sae, x, ridge=1e-9):
                 parts.append((error, least, z.sum(1), best.sum(1), (best / z)[z > 0]))
     *sums, ratios = (torch.cat(part) for part in zip(*parts))
     before, after, original, refined = (v.view(x.shape[:2]).mean(1) for v in sums)
-    of_mean = variance(sae, x)
-    out = means(ratio=refined / original, nmse=before / of_mean, nmse_refined=after / of_mean,
-                gain=(before - after) / before)
+    distances, of = spread(sae, x).mean(1), partial(leave_one_out, document)
+    out = estimates(ratio=of(refined, original), nmse=of(before, distances),
+                    nmse_refined=of(after, distances), gain=1 - of(after, before))
     return out | {"ratio_median": ratios.median().item(), "ratio_mean": ratios.mean().item(),
                   "tokens": x.shape[0] * x.shape[1]}
 
@@ -354,27 +390,33 @@ def refinement(sae, x, ridge=1e-9):
 # --------------------------------------------------------------------------------------------------
 # Other codes of the same autoencoder, section 5.3: another k, a threshold.
 
-def other_codes(sae, site, tokens, x, encoders, label):
+def other_codes(sae, site, tokens, x, encoders, label, document):
     """{name: function u -> (values, indices)} -> {name: its NMSE and L0 on x, ΔCE on tokens}."""
     edits = {str(name): partial(reconstructed, sae, code=f) for name, f in encoders.items()}
-    per = patched_losses(site, tokens, edits, label)
-    delta = lambda name: means(delta_ce=per[f"delta_{name}"]) | {"contexts": len(tokens)}
-    return {name: reconstruction(sae, x, f) | delta(name) for name, f in encoders.items()}
+    per, found = patched_losses(site, tokens, edits, label), {}
+    for name, f in encoders.items():
+        delta = estimates(delta_ce=leave_one_out(document, per[f"delta_{name}"]))
+        found[name] = joined(reconstruction(sae, x, f, document), delta | {"contexts": len(tokens)})
+    return found
 
-@metric(lambda c: test_time_k(c.sae, c.site, c.chosen[:256], c.val[: c.few], c.k),
+@metric(lambda c: test_time_k(c.sae, c.site, c.chosen[:256], c.val[: c.few], c.k, c.document),
     page=lambda r: {"plots": {"test_time_k": pick(r, "at", "nmse", "delta_ce")}}, rows=[
     ("nmse", "NMSE at k' = {}"), ("delta_ce", "ΔCE at k' = {}", "nats/token", "contexts")])
-def test_time_k(sae, site, tokens, x, k=None):
+def test_time_k(sae, site, tokens, x, k=None, document=None):
     """NMSE on x (contexts, T, d) and ΔCE on tokens (C, T) at k' = 1, 2, 4, ... 4k active latents:
-    lists, beside `at`, the k'. k: default sae.k; for a ReLU autoencoder give its mean L0."""
+    lists, beside `at`, the k'. k: default sae.k; for a ReLU autoencoder give its mean L0. document:
+    as in `leave_one_out`, where x and tokens begin with the same contexts."""
     k = k or sae.k
     powers = [2**i for i in range(int(math.log2(4 * k)) + 1)]
     at = sorted({min(k_, sae.n_latents) for k_ in (*powers, k, 4 * k)})
     encoders = {k_: partial(sae.encode, k=k_) for k_ in at}
-    found = other_codes(sae, site, tokens, x, encoders, "test-time k")
-    keys = ("nmse", "nmse_se", "delta_ce", "delta_ce_se")
-    lists = {key: [result[key] for result in found.values()] for key in keys}
-    return {"at": at} | lists | pick(found[at[0]], "tokens", "contexts")
+    found = other_codes(sae, site, tokens, x, encoders, "test-time k", document)
+    lists = {key: [result[key] for result in found.values()]
+             for key in ("nmse", "nmse_se", "delta_ce", "delta_ce_se")}
+    replicates = {key: [result["replicates"][key] for result in found.values()]
+                  for key in ("nmse", "delta_ce")}
+    sizes = pick(found[at[0]], "tokens", "contexts")
+    return {"at": at} | lists | sizes | {"replicates": replicates}
 
 def encode_above(sae, u, theta):
     """J_θ(z) = z 1(z > θ) of u (N, d), θ >= 0: values, indices as wide as any row needs."""
@@ -398,18 +440,19 @@ def calibrate_threshold(sae, x):
             return theta
         width = min(2 * width, sae.n_latents)
 
-@metric(lambda c: fixed_threshold(c.sae, c.site, c.chosen, c.more[: c.few], c.val),
+@metric(lambda c: fixed_threshold(c.sae, c.site, c.chosen, c.more[: c.few], c.val, c.document),
     needs="more", rows=[
     ("l0", "L0 at a fixed threshold", "latents/token"), ("nmse", "NMSE at a fixed threshold"),
     ("delta_ce", "ΔCE at a fixed threshold", "nats/token", "contexts")])
-def fixed_threshold(sae, site, tokens, train, x):
+def fixed_threshold(sae, site, tokens, train, x, document=None):
     """One threshold for all tokens in place of TopK, calibrated on `train`: realised L0 and NMSE on
-    the held-out x (both (contexts, T, d)), ΔCE on tokens (C, T). Raises UserError where k = n."""
+    the held-out x (both (contexts, T, d)), ΔCE on tokens (C, T). Raises UserError where k = n.
+    document: as in `test_time_k`."""
     if sae.k == sae.n_latents:
         raise UserError("a ReLU autoencoder has no k to calibrate a threshold for")
     theta = calibrate_threshold(sae, train)
     encoders = {"theta": partial(encode_above, sae, theta=theta)}
-    found = other_codes(sae, site, tokens, x, encoders, "fixed threshold")
+    found = other_codes(sae, site, tokens, x, encoders, "fixed threshold", document)
     return found["theta"] | {"theta": theta}
 
 
@@ -467,14 +510,16 @@ def newton_logistic(z, y, steps=100, tol=1e-9):
     return loss, w, b - w * center
 
 def best_probe(features, width, y, fit, rest):
-    """The best probe of y on `width` features (slice -> (N, m)), chosen on examples `fit`."""
+    """The best probe of y on `width` features (slice -> (N, m)), fitted on examples `fit`: its loss
+    there, and `held_out`, its loss on the others."""
     best, m = {"loss": math.inf}, max(1, 2**21 // len(fit))
     for start in range(0, width, m):
         z = features(slice(start, start + m)).float()
-        loss, i = newton_logistic(z[fit], y[fit])[0].min(0)
-        if loss < best["loss"]:
-            held_out = newton_logistic(z[rest, i : i + 1], y[rest])[0].item()
-            best = {"loss": loss.item(), "held_out": held_out, "index": start + int(i)}
+        loss, w, b = newton_logistic(z[fit], y[fit])
+        i = int(loss.argmin())
+        if loss[i] < best["loss"]:
+            held_out = logistic_loss(z[rest, i] * w[i] + b[i], 2 * y[rest] - 1.0).item()
+            best = {"loss": loss[i].item(), "held_out": held_out, "index": start + i}
     return best
 
 def probe_rows(result):
@@ -489,14 +534,14 @@ def probe_rows(result):
                      for row in probe_rows(r)],
     page=lambda r: {"tasks": probe_rows(r)}, rows=[
     (key, "probe loss, " + label) for key, label in (
-        ("held_out", "best latent, held-out half"), ("loss", "best latent, selection half"),
-        ("channel_held_out", "best channel, held-out half"), ("majority", "majority"))])
+        ("held_out", "latent, on the other half"), ("loss", "latent, on the half fitted"),
+        ("channel_held_out", "channel, on the other half"), ("majority", "majority"))])
 def probes(sae, tasks, seed=0):
     """tasks: yields (name, raw x (N, d), u (N, d) as the autoencoder sees it, y (N) in {0, 1}). The
-    latent with the best probe (on pre-activations) is chosen on one half of the examples: `loss`
-    there (the paper's, an optimistic minimum), `held_out` on the other half; likewise channels of
-    x; `majority` predicts the share of positives. Means over tasks; UserError where there is
-    none."""
+    latent with the best probe (on pre-activations) is chosen, with that probe, on one half of the
+    examples: `loss` there (the paper's, an optimistic minimum), `held_out`, the loss of the same
+    probe on the other half, which it has not seen; likewise channels of x; `majority` predicts the
+    share of positives. Means over tasks; UserError where there is none."""
     per_task = {}
     for name, x, u, y in tasks:
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
@@ -657,10 +702,28 @@ class N2G:
 
     def readable(self, encoding):
         """Patterns as text, strongest first: ^ for the start of the context, * for any token."""
-        text = lambda t: json.dumps(encoding.decode([t]), ensure_ascii=False)
-        show = lambda t: {WILDCARD: "*", START: "^"}.get(t) or text(t)
-        strongest = sorted(self.patterns, key=lambda p: -p[1])
-        return [f"{' '.join(map(show, pattern))}  ({act:.3f})" for pattern, act in strongest]
+        signs = {WILDCARD: "*", START: "^"}
+        quoted = lambda text: json.dumps(text, ensure_ascii=False).replace("\\\\", "\\")
+        lines = []
+        for pattern, act in sorted(self.patterns, key=lambda p: -p[1]):
+            shown = []
+            for exact, ids in itertools.groupby(pattern, lambda t: t >= 0):
+                shown += map(quoted, spell(ids, encoding)) if exact else [signs[t] for t in ids]
+            lines.append(f"{' '.join(shown)}  ({act:.3f})")
+        return lines
+
+def spell(ids, encoding):
+    """Token ids -> their texts, parts of a character joined; bytes that make up none as \\xNN."""
+    texts, part = [], b""
+    for i in ids:
+        part += encoding.decode_single_token_bytes(i)
+        try:
+            part.decode()
+        except UnicodeDecodeError as e:
+            if e.reason == "unexpected end of data":
+                continue
+        texts, part = [*texts, part], b""
+    return [text.decode("utf-8", "backslashreplace") for text in (*texts, part) if text]
 
 def insert(trie, pattern):
     """The node of a trie that `pattern` leads to, made if it is not there."""
@@ -859,16 +922,18 @@ def prediction_scales(sae, explanations, tokens, x):
 
 @metric(lambda c: explanation_reconstruction(c.sae, c.site, c.chosen, c.explanations,
     c.more_tokens[: c.n_contexts], c.more[: c.n_contexts],
-    c.train and harvest.ngram_losses(c.train.tokens, c.chosen.numpy(), c.site.n_vocab)[1]),
+    c.train and harvest.ngram_losses(c.train.tokens, c.chosen.numpy(), c.site.n_vocab)[1],
+    c.document),
     needs="more", depends=("latents",), unit="nats/token",
     notes=lambda r: ["    {explained} of {of_latents} latents explained, the others are zero"
                      .format(**r)], rows=[
     ("ce", "CE of the explanations"), ("delta_ce", "ΔCE of the explanations"),
     ("ce_without_latents", "CE with no latent at all"), ("bigram", "CE of a bigram model")])
-def explanation_reconstruction(sae, site, tokens, explanations, train_tokens, train, bigram=None):
+def explanation_reconstruction(sae, site, tokens, explanations, train_tokens, train, bigram=None,
+                               document=None):
     """ΔCE on tokens (C', T) when each latent is replaced by its explanation's prediction s, scaled
     by E[s a] / E[s^2] from training text (train_tokens (C, T), activations train (C, T, d)); zero
-    without explanation. bigram: a bigram model's loss, to beat. Standard errors: over contexts."""
+    without explanation. bigram: a bigram model's loss, to beat. document: as `leave_one_out`."""
     scale = prediction_scales(sae, explanations, train_tokens, train).to(sae.W_dec.device)
     latent, token, s = (v.to(scale.device) for v in simulate(explanations, tokens))
     u_hat = sae.b_pre.expand(tokens.numel(), -1).clone()
@@ -880,8 +945,9 @@ def explanation_reconstruction(sae, site, tokens, explanations, train_tokens, tr
     nothing = (sae.b_pre * norm + mean).expand_as(x)
     edits = {"explained": u_hat.view(x.shape) * norm + mean, "b_pre": nothing}
     per = patched_losses(site, tokens, edits, "explanations")
-    out = means(ce=per["ce_explained"], delta_ce=per["delta_explained"],
-                ce_without_latents=per["ce_b_pre"]) | ({"bigram": bigram} if bigram else {})
+    names = {"ce": "ce_explained", "delta_ce": "delta_explained", "ce_without_latents": "ce_b_pre"}
+    out = estimates(**{name: leave_one_out(document, per[key]) for name, key in names.items()})
+    out |= {"bigram": bigram} if bigram else {}
     return out | {"explained": len(explanations), "of_latents": sae.n_latents,
                   "tokens": len(tokens) * (tokens.shape[1] - 1)}
 
@@ -915,25 +981,27 @@ def ablation_shares(site, row, at, parts):
     shares = torch.cat(shares)
     return shares[shares.isfinite().all(1)].double()
 
-@metric(lambda c: ablation_sparsity(c.sae, c.site, c.chosen), of="samples", rows=[
+@metric(lambda c: ablation_sparsity(c.sae, c.site, c.chosen, document=c.document), of="samples",
+    rows=[
     (kind + where, label, unit) for where, first, unit in (
         ("", "logits moved by ablating a latent", "of V T"),
         ("_here", "at its own position alone, a latent", "of V")) for kind, label in (
         ("latents", first), ("channels", "the same, a channel"),
         ("random", "the same, a random direction"))])
-def ablation_sparsity(sae, site, tokens, T=16, samples=64, directions=32, seed=0):
+def ablation_sparsity(sae, site, tokens, T=16, samples=64, directions=32, seed=0, document=None):
     """The share of the next T positions' logits that ablating one thing at one position moves:
     means over `samples` random places of tokens (C, length). latents: the contribution of each
     active one is taken from the activation, whose error stays; channels: `directions` random ones
     are zeroed; random: projections on so many directions are taken away. `_here`: at that position
-    alone."""
+    alone. document: as in `leave_one_out`."""
     T = min(T, tokens.shape[1])
     rng, gen = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    kinds = ("latents", "channels", "random")
-    found = {kind + where: [] for kind in kinds for where in ("", "_here")}
+    found = {kind: [] for kind in ("latents", "channels", "random")}
     effects = 0
     for _ in chunks(samples, 1, "ablation", " positions"):
-        row = tokens[int(rng.integers(len(tokens)))].to(site.device)
+        context = int(rng.integers(len(tokens)))
+        row = tokens[context].to(site.device)
+        own = context if document is None else document[context]
         at = int(rng.integers(len(row) - T + 1))
         row = row[: at + T]
         act = site.model.acts(row[None], site.layer, site.name)[0, at].to(sae.W_dec)
@@ -947,10 +1015,12 @@ def ablation_sparsity(sae, site, tokens, T=16, samples=64, directions=32, seed=0
         for name, part in parts.items():
             shares = ablation_shares(site, row, at, part)
             effects += len(shares) if name == "latents" else 0
-            if len(shares):
-                found[name].append(shares[:, 0].mean().item())
-                found[name + "_here"].append(shares[:, 1].mean().item())
-    return means(**found) | {"samples": samples, "ablations": effects}
+            found[name] += [(own, *shares.mean(0).tolist())] if len(shares) else []
+    values = {}
+    for name, rows in found.items():
+        own, every, here = torch.tensor(rows or [(0, math.nan, math.nan)], dtype=torch.float64).T
+        values |= {name: leave_one_out(own, every), name + "_here": leave_one_out(own, here)}
+    return estimates(**values) | {"samples": samples, "ablations": effects}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1057,9 +1127,15 @@ def fit_power_law(x, loss):
     return pick(fit, "a", "a_se", "b", "b_se", "floor", "floor_se", "r2", "r2_without", "runs")
 
 def read_lines(path):
-    """A log of JSON lines as a list of dicts; empty where there is none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """A log of JSON lines as a list of dicts, without one that a crash has cut short; empty where
+    there is none."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
+@cache
 def read_runs(paths):
     """Run directories -> dicts: n_latents, k, nmse, where, curve [(FLOPs, held-out NMSE)]."""
     runs = []
@@ -1078,7 +1154,7 @@ def read_runs(paths):
         flops = 6 * own["d_model"] * own["n_latents"]  # a token, dense, as the appendix counts
         lines = [line for line in read_lines(path / "log.jsonl") if "val_nmse" in line]
         curve = [(flops * line["tokens"], line["val_nmse"]) for line in lines]
-        where = {name: meta.get(name) for name in PLACE}
+        where = {name: meta.get(name) for name in (*PLACE, *HASHES)}
         runs.append({"path": str(path), "tokens": meta["tokens"], "nmse": score, "curve": curve,
                      "where": where} | pick(own, "n_latents", "k"))
     if len(kinds := sorted({str(run["where"]) for run in runs})) > 1:
@@ -1088,7 +1164,7 @@ def read_runs(paths):
 
 def fit_main(paths):
     """`--fit`: L(n, k) through all runs, then L(N) and L(C) at the k with the most n."""
-    runs = read_runs(paths)
+    runs = read_runs(tuple(paths))
     out = {"runs": [pick(run, *BRIEF) for run in runs]}
     pm = lambda fit, name: f"{fit[name]:.4g} ± {fit[name + '_se']:.2g}"
     for run in sorted(runs, key=lambda r: (r["k"], r["n_latents"])):
@@ -1267,12 +1343,11 @@ def report(sae, site, tokens, x, encoding, most=0, held_out=None, examples=6, bi
     numbers |= measured_effects(sae, site, tokens, live, highest, peak, k)
     shown = example_contexts(row, token, value, peak, T, examples)
     known = [*map(encoding.encode_single_token, encoding.token_byte_values()), encoding.eot_token]
-    vocabulary = {i: encoding.decode_single_token_bytes(i) for i in known}  # with gaps
-    text = lambda i: vocabulary.get(i, b"").decode("utf-8", "backslashreplace")
+    vocabulary = {i: "".join(spell([i], encoding)) for i in known}  # with gaps
     return {"T": T, "n_live": len(live), "held_out": C if held_out is None else held_out,
             "normalized": sae.normalized, "bins": bins, "top": k, "near": near,
             "examples": examples, "tokens": pack(ids), "latents": pack(live.astype(np.uint32)),
-            "vocabulary": [text(i) for i in range(site.n_vocab)],
+            "vocabulary": [vocabulary.get(i, "") for i in range(site.n_vocab)],
             "activations": {"edges": edges.tolist(), "counts": counts.tolist()},
             "histogram": pack(np.bincount(row * bins + bin_of, minlength=len(live) * bins)),
             "stats": {name: pack(v.astype(np.float32)) for name, v in stats.items()},
@@ -1306,13 +1381,13 @@ def make_report(case, results, runs):
             page["metrics"].append([label, value, error, why if value is None else unit, size])
     if len(runs) > 1:
         try:
-            page["runs"] = [pick(run, *BRIEF) for run in read_runs(runs)]
+            page["runs"] = [pick(run, *BRIEF) for run in read_runs(tuple(runs))]
             for run, loss in zip(page["runs"], fit_scaling_law(page["runs"])["fitted"]):
                 run["law"] = loss
         except UserError as e:
             print(f"  no law through these runs: {e}", file=sys.stderr)
-    if page["n2g"] and (kept := case.beside("n2g.json")).exists():
-        latents = json.loads(kept.read_text())["latents"]
+    if page["n2g"]:
+        latents = harvest.read_json(case.beside("n2g.json")).get("latents", {})
         page["patterns"] = {i: e["readable"][:8] for i, e in latents.items()}
     write_report(case.beside("report.html"), page)
     return case.beside("report.html")
@@ -1332,9 +1407,8 @@ def load(path, device):
     return Sparse.load(file, device), file, out
 
 def stamp(path):
-    """A path as something that changes with the file; names such as `stdlib` stay themselves."""
-    path = Path(path)
-    return [str(path), *([path.stat().st_size, path.stat().st_mtime] if path.exists() else [])]
+    """A file as something that changes with it."""
+    return [str(path), path.stat().st_size, path.stat().st_mtime]
 
 class Case:
     """One autoencoder with what its metrics need; a: the command line. What cannot be had in the
@@ -1348,7 +1422,7 @@ class Case:
         n_tokens = a.tokens or (2**18 if cuda else 2**16)
         self.sizes = {"tokens": n_tokens, "contexts": self.n_contexts}
         self.texts = a.probes and read_tasks(a.probes)
-        self.probes = a.probes and [a.probes, *map(stamp, sorted(Path(a.probes).glob("*.jsonl")))]
+        self.probes = a.probes and list(map(stamp, sorted(Path(a.probes).glob("*.jsonl"))))
         self.sae, file, self.out = load(run, self.device)
         self.config = self.sae.meta.get("config", {})
         held_out, self.train, model, self.encoding = self.source()
@@ -1361,10 +1435,10 @@ class Case:
         kind = f"TopK k = {k}" if k < n else "ReLU"
         self.about = (f"{run}: {where['model']}, layer {where['layer']}, {where['site']}, d = {d},"
                       f" n = {n}, {kind}; text: {where['text']}")
-        stamps = [stamp(path) for path in (file, where["model"], where["text"])]
-        settings = {"where": where, "trained": self.sae.meta, "files": stamps}
-        self.settings = json.loads(json.dumps(settings))  # as it will be read back
         self.sample(held_out, max(1, n_tokens // where["context"]))
+        sampled = harvest.sha256([self.val_tokens.numpy().tobytes()])
+        settings = {"where": where, "trained": self.sae.meta, "file": stamp(file), "text": sampled}
+        self.settings = json.loads(json.dumps(settings))  # as it will be read back
         l0 = k if k < n else reconstruction(self.sae, self.val[:64])["l0"]
         self.k = max(1, round(l0))  # active latents a token, as measured where k = n
 
@@ -1373,42 +1447,80 @@ class Case:
         still there; else of held-out text, and None. And model and encoding."""
         a, meta = self.a, self.sae.meta
         asked = {name: value for name in PLACE if (value := getattr(a, name)) is not None}
-        place = {name: meta[name] for name in PLACE if name in meta} | asked
-        differs = lambda where: [name for name in place if where[name] != place[name]]
+        if not (a.acts or {"model", "layer"} <= meta.keys() | asked.keys()):
+            raise UserError(f"{self.run} does not say whose activations it was trained on; give "
+                            "--acts, or --model, --layer and --site")
+        known = {name: meta[name] for name in ("layer", "site", *HASHES) if name in meta}
+        known = {n: v for n, v in known.items() if n.removesuffix("_sha256") not in asked}
         acts = a.acts or self.config.get("acts")
-        if a.acts or (acts and harvest.is_harvested(acts) and not differs(harvest.read_meta(acts))):
+        if a.acts or acts and harvest.is_harvested(acts):
             held_out, train = harvest.Acts(acts, "val"), harvest.Acts(acts, "train")
-            for name in differs(train.meta):
-                how = "is asked about" if name in asked else "was trained on"
-                raise UserError(f"{acts} holds {name} {train.meta[name]}, but {self.run} {how}"
-                                f" {name} {place[name]}; give other --acts")
-            return held_out, train, *harvest.load_model(train.meta["model"], self.device)
-        name, site = place.get("model", "auto"), place.get("site", "resid_post_mlp")
-        model, encoding = harvest.load_model(name, self.device, needs_text="text" not in place)
-        text = place.get("text") or harvest.default_text(model)
-        where = (text, place.get("layer"), site, meta.get("context"))
-        return harvest.Stream(model, encoding, *where), None, model, encoding
+            differs = self.differs(train.meta, known, asked)
+            if not differs:
+                return held_out, train, *self.load_model(train.meta)
+            if a.acts:
+                raise UserError(f"{acts} holds other activations ({differs}); give other --acts")
+        if (text := asked.get("text") or meta.get("text")) == "-" and not a.text:
+            raise UserError(f"{self.run} was trained on standard input; give --text or --acts")
+        harvest.check_options(text, site := asked.get("site") or meta.get("site", SITES[3]))
+        model, encoding = self.load_model({"model": asked.get("model") or meta["model"]})
+        text = text or harvest.default_text(model)
+        layer = asked.get("layer", meta.get("layer"))
+        stream = harvest.Stream(model, encoding, text, layer, site, meta.get("context"))
+        if differs := self.differs(stream.meta, known, {}):
+            raise UserError(f"{self.run} was trained on what is no longer there ({differs}); give"
+                            " the --model and --text to evaluate on")
+        return stream, None, model, encoding
+
+    def differs(self, there, known, asked):
+        """What of a place and of names that are asked for is not as in the meta `there`."""
+        names = {name: (value, str(Path(str(value)).resolve())) for name, value in asked.items()}
+        return "; ".join(
+            [f"{name}: {there[name]} there, {v} trained on" for name, v in known.items()
+             if there[name] != v] +
+            [f"{name}: {there[name]} there, {asked[name]} asked for" for name, v in names.items()
+             if there[name] not in v])
+
+    def load_model(self, meta):
+        """The model of a harvest or run. Raises UserError if it is not the same any more."""
+        model, encoding = harvest.load_model(meta["model"], self.device)
+        if meta.get("model_sha256", model.sha256) != model.sha256:
+            raise UserError(f"the model {meta['model']} has changed since its activations were "
+                            "harvested; give other --acts, or --model")
+        return model, encoding
 
     def sample(self, held_out, n):
-        """Take n contexts each: val, held-out activations (n, T, d), and `more`: of training text
-        in the order in which training saw it, else held-out; and chosen, tokens for losses."""
-        T = self.where["context"]
+        """Take n contexts each: val, held-out activations (n, T, d), and `more`: of training text,
+        else held-out; and chosen, tokens for losses. None are those on which weights were chosen.
+        """
+        T, skip = self.where["context"], self.sae.meta.get("chosen_on", 0)
         first = max(n, self.n_contexts)
-        tokens, acts = held_out.sample((first if self.train else first + n) * T)
-        if self.train:
-            seed, size = self.config.get("seed", 0), len(self.train)
-            order = next(harvest.shuffled_blocks(size, size, seed, 0))[0]
-            self.more_tokens, more = self.train[order[:n]]
-        else:
-            self.more_tokens, more = tokens[first:], acts[first:]
+        size = T * (first if self.train else first + n)
+        tokens, acts, self.document = held_out.sample(size, skip)
+        if not len(tokens):
+            raise UserError("there is no held-out text beside what weights were chosen on; give "
+                            "more --text")
+        self.more_tokens, more, _ = self.train.sample(n * T) if self.train else (
+            tokens[first:], acts[first:], None)
         self.val_tokens, self.val, self.more = tokens[:n], acts[:n].float(), more.float()
         self.chosen = tokens[: self.n_contexts]
         self.few = max(1, 2**14 // T)  # contexts for what is slow
         self.missing = {}  # what cannot be had: why
         if not len(more):
             self.missing["more"] = "the held-out text is too short; give more --text"
-        if not self.train or self.train.path != Path(self.config.get("acts") or ""):
+        if not self.train or self.train.meta["tokens_sha256"] != self.sae.meta.get("tokens_sha256"):
             self.missing["trained_on"] = "the activations it was trained on are not at hand"
+        elif self.config.get("tokens", 0) < self.train.n_train or not len(self.train.kept):
+            self.missing["trained_on"] = "not all that could be trained on was"
+
+    @cached_property
+    def trained_and_kept(self):
+        """Contexts trained on, those that were kept back between them, and the documents of all."""
+        kept = self.train.kept[: len(self.val)]
+        beside = np.union1d(kept - 1, kept + 1)
+        beside = beside[beside < len(self.train)]
+        document = torch.from_numpy(self.train.document[np.concatenate([beside, kept])])
+        return self.train[beside][1].float(), self.train[kept][1].float(), document
 
     def beside(self, name):
         """The path of another file about this autoencoder."""
@@ -1419,15 +1531,22 @@ class Case:
         """{latent: N2G}, made once and kept in n2g.json."""
         path = self.beside("n2g.json")
         key = self.settings | self.sizes | {"latents": self.latents}
-        saved = json.loads(path.read_text()) if path.exists() and not self.a.again else {}
+        saved = {} if self.a.again else harvest.read_json(path)
         if saved.get("settings") == key:
             return {int(i): N2G(e["patterns"]) for i, e in saved["latents"].items()}
         pad = self.encoding.encode_ordinary(" _")[-1]
         found = explain(self.sae, self.site, self.more_tokens, self.more, pad, self.latents)
         latents = {i: {"patterns": e.patterns, "readable": e.readable(self.encoding)}
                    for i, e in found.items()}
-        harvest.write_json(path, {"settings": key, "latents": latents})
+        keep(path, {"settings": key, "latents": latents})
         return found
+
+def keep(path, results):
+    """Write results, if that is allowed here: they are printed in any case."""
+    try:
+        harvest.write_json(path, results)
+    except PermissionError as e:
+        print(f"  not kept: {e.filename}: {e.strerror}", file=sys.stderr)
 
 def cells(name, result):
     """A result -> (label, value, standard error, unit, sample, why no value) of each line."""
@@ -1438,6 +1557,9 @@ def cells(name, result):
         if not isinstance(values, list):
             values, errors = [values], [errors]
         size = f"{result[of]:,} {of.replace('_', ' ')}"
+        if documents := result.get("replicates", {}).get(key):
+            documents = documents[0] if isinstance(result[key], list) else documents
+            size += f", {len(documents):,} documents"
         for at, value, error in zip(result.get("at", [""]), values, errors):
             error = error if error is not None and math.isfinite(error) else None
             yield label.format(at), value, error, unit, size, result.get(key + "_why")
@@ -1453,14 +1575,13 @@ def table(name, result):
     return lines + METRICS[name].notes(result)
 
 def evaluate(run, wanted, a):
-    """Compute, print and keep the metrics `wanted` of one autoencoder. a: the command line."""
+    """Compute, print and keep the metrics `wanted` of one autoencoder -> all that is known of it.
+    a: the command line."""
     began = time.time()
     case = Case(run, a)
     out = case.out
     # What an earlier call found for the same file and place is kept: what was interrupted goes on.
-    results = json.loads(out.read_text()) if out.exists() else {}
-    if results.get("settings") != case.settings:
-        results = {"about": case.about, "settings": case.settings}
+    results, fresh = known(case), {}
     if not a.json:
         print(case.about)
     for name in wanted:
@@ -1470,18 +1591,40 @@ def evaluate(run, wanted, a):
             if this.needs in case.missing:
                 raise UserError(case.missing[this.needs])
             if a.again or results.get(name, {}).get("asked") != asked:
-                results[name] = {"asked": asked} | this.compute(case)
-                harvest.write_json(out, results)
+                results[name] = fresh[name] = {"asked": asked} | this.compute(case)
         except UserError as e:  # too little data for this one: the others go on
             print(f"  {name}: {e}", file=sys.stderr)
             continue
         if not a.json:
             print("\n".join(table(name, results[name])), flush=True)
+        if name in fresh:
+            keep(out, known(case) | fresh)  # another process may have written others
     if a.json:
         print(json.dumps(results, indent=1))
     if a.report:
         out = make_report(case, results, a.runs)
     print(f"{time.time() - began:.0f} s; written to {out}", file=sys.stderr)
+    return results
+
+def known(case):
+    """What is kept of an autoencoder, as it is now, on these data."""
+    results = harvest.read_json(case.out)
+    same = results.get("settings") == case.settings
+    return results if same else {"about": case.about, "settings": case.settings}
+
+def differences(a, b):
+    """Lines of the table: b less a, of two results on the same text, and the standard error of the
+    difference, which is less than what their own errors say."""
+    if a["settings"]["text"] != b["settings"]["text"]:
+        return ["  not on the same text: no differences"]
+    lines = []
+    for name in [name for name in METRICS if name in a and name in b]:
+        for key, label, *_ in METRICS[name].rows:
+            one, other = (np.array(r[name].get("replicates", {}).get(key, [])) for r in (a, b))
+            if one.ndim == 1 and one.size and one.shape == other.shape:
+                value = b[name][key] - a[name][key]
+                lines.append(f"  {label:<40}{value:10.4f} ± {jackknife(other - one):.4f}")
+    return lines
 
 OPTIONS = [  # name, type, help
     ("all", bool, "every metric, not only the quick ones"),
@@ -1510,6 +1653,9 @@ def main(argv=None):
         p.add_argument("--" + name, help=text, **how)
     a = p.parse_args(argv)
     keep_heap()
+    for name in ("tokens", "contexts", "latents"):
+        if (value := getattr(a, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
     if a.fit:
         out = fit_main(a.runs)
         if a.json:
@@ -1519,8 +1665,20 @@ def main(argv=None):
     wanted = a.only.split(",") if a.only else list(filter(asked, METRICS))
     if unknown := [name for name in wanted if name not in METRICS]:
         raise UserError(f"no metric {', '.join(unknown)}; choose among {', '.join(METRICS)}")
+    results = {}
     for run in a.runs:
-        evaluate(run, wanted, a)
+        try:
+            results[run] = evaluate(run, wanted, a)
+        except ValueError as e:  # the other ones go on
+            if len(a.runs) == 1:
+                raise
+            print(f"error: {e}", file=sys.stderr)
+    first, *others = results
+    for run in others if not a.json else ():
+        print(f"{run} less {first}, paired by document")
+        print("\n".join(differences(results[first], results[run])))
+    if len(results) < len(a.runs):
+        raise UserError(f"{len(a.runs) - len(results)} of {len(a.runs)} could not be evaluated")
 
 
 # --------------------------------------------------------------------------------------------------

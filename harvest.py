@@ -6,9 +6,9 @@ harvest.py: text -> tokens -> GPT-2 -> activations, on disk or streamed.
     python harvest.py --model gpt2 --layer 8 --site resid_post_mlp --text my_texts/ --tokens 2000000
 
     GPT2             the subject model in plain PyTorch; every site can be read or edited
-    load_model       published weights (Hugging Face's names and shapes), local files, or `stdlib`
+    load_model       published weights (Hugging Face's names and shapes), local ones, or `stdlib`
     documents        .txt, .jsonl, .jsonl.gz, folders, standard input, or OpenAI's WebText sample
-    stdlib           a small real language model, trained on Python's own source in four minutes
+    stdlib           a small real language model, trained once on Python's own source
     harvest, Acts    activations written to shards (resumable, atomic) and read back, shuffled
     Stream           the same batches without a disk
 
@@ -16,11 +16,14 @@ What is written, for `--out acts`:
     acts/meta.json                    what was harvested, how much, and whether it is complete
     acts/{train,val}/tokens-00000.npy int32   (contexts, T)
     acts/{train,val}/acts-00000.npy   float16 (contexts, T, d)
+
+Downloads and `stdlib` are kept in cache/ beside this file, or in the folder that SAE_CACHE names.
 """
 
 import argparse
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import heapq
@@ -29,6 +32,7 @@ import json
 import math
 import os
 import platform
+import socket
 import sys
 import sysconfig
 import time
@@ -51,31 +55,51 @@ CACHE = Path(os.environ.get("SAE_CACHE", Path(__file__).parent / "cache"))
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHTS = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
 WEBTEXT = "https://openaipublic.blob.core.windows.net/gpt-2/output-dataset/v1/webtext.train.jsonl"
+GPT2_TOKENS = 50257  # in its vocabulary
 EOT = "<|endoftext|>"
+KINDS = (".txt", ".jsonl", ".jsonl.gz")
 SHARD = 1024  # contexts in one shard: 65,536 tokens, 100 MB at d = 768
-FORMAT = 2  # of harvested directories, and the build of the embedded model
+FORMAT = 3  # of harvested directories, and the build of the embedded model
+PATHS = ("model", "text")  # what may be one in meta.json
 COUNT = {"train": "tokens", "val": "val_tokens"}  # of a split in meta.json
+KEEP = 64  # every so many contexts of harvested text, one is kept back from training
 
 class UserError(ValueError):
     """Something the user can put right: printed as one line, exit status 2."""
 
 def run_main(main):
     """Run a script's main(); what its user can put right is one line (SAE_DEBUG=1: traceback)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may lack û
     try:
-        return main()
-    except (ValueError, OSError, KeyboardInterrupt) as e:
-        if os.environ.get("SAE_DEBUG"):
+        main()
+        sys.stdout.flush()
+    except (ValueError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
+        message = told(e)
+        if os.environ.get("SAE_DEBUG") or message is None:
             raise
-        status, message = 2, f"error: {e}"
-        if isinstance(e, KeyboardInterrupt):
-            status, message = 130, f"\n{e if e.args else 'interrupted'}"
-        elif getattr(e, "errno", None) == errno.ENOSPC:
-            kept = "what was complete is kept: free some room and run again"
-            message = f"error: no space left on the disk; {kept}"
-        elif getattr(e, "filename", None):
-            message = f"error: {e.filename}: {e.strerror}"
-    say(message)
-    sys.exit(status)
+        with contextlib.suppress(OSError):
+            say(message)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the interpreter would try once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(130 if isinstance(e, KeyboardInterrupt) else 2)
+
+def told(e):
+    """An exception as one line that says what to do; None for one that is the code's own fault."""
+    if isinstance(e, KeyboardInterrupt):
+        return f"\n{e if e.args else 'interrupted'}"
+    if isinstance(e, BrokenPipeError):
+        return "error: what was reading this output has gone"
+    if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        kept = "what was complete is kept: free some room and run again"
+        return f"error: no space left on the disk; {kept}"
+    if isinstance(e, OSError) and e.filename:
+        return f"error: {e.filename}: {e.strerror}"
+    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and "memory" in str(e):
+        return "error: not enough memory; lower --n_latents, --batch or --tokens"
+    return None if isinstance(e, RuntimeError) else f"error: {e}"
 
 def say(line):
     print(line, file=sys.stderr)
@@ -120,6 +144,38 @@ def pick_device(name=""):
         raise UserError(f"no device {name} here; use --device {' or '.join(here)}")
     return name or here[0]
 
+HELD = set()  # the folders that this process holds
+
+@contextlib.contextmanager
+def hold(folder):
+    """Keep other processes from writing into a folder, made if need be: by a lock that ends with
+    the process. Raises UserError, naming the holder, if another has it."""
+    path = Path(folder).resolve()
+    if path in HELD:
+        yield
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / ".lock", "a+") as lock:
+        try:
+            import fcntl  # which Windows does not have
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read().strip() or "another process"
+            advice = "wait for it, or write elsewhere"
+            raise UserError(f"{who} is writing to {folder}; {advice}") from None
+        except (ImportError, OSError):  # nor every file system
+            pass
+        lock.truncate(0)
+        command = " ".join(sys.argv)[:200]
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} ({command})")
+        lock.flush()
+        HELD.add(path)
+        try:
+            yield
+        finally:
+            HELD.discard(path)
+
 @contextlib.contextmanager
 def atomic(path, mode="wb"):
     """Yield an open file that becomes `path` once it is whole and on the disk, or not at all."""
@@ -131,6 +187,8 @@ def atomic(path, mode="wb"):
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
+    except RuntimeError as e:
+        raise e.__context__ if isinstance(e.__context__, OSError) else e  # torch's, of a full disk
     finally:
         part.unlink(missing_ok=True)
 
@@ -140,7 +198,30 @@ def write_json(path, obj):
 
 def write_npy(path, array):
     with atomic(path) as f:
-        np.save(f, array, allow_pickle=False)
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
+        f.write(np.ascontiguousarray(array).data)  # np.save says less of a disk that is full
+
+def read_json(path):
+    """What `write_json` wrote; {} where there is no such file. Raises UserError for another."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e}); move it away and run again") from None
+
+def sha256(parts):
+    """Of bytes, one after another: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+def blocks(file, size=2**22):
+    """The bytes of a file."""
+    with open(file, "rb") as f:
+        while some := f.read(size):
+            yield some
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,6 +234,13 @@ class GPT2Config:
     d_model: int = 768
     n_layer: int = 12
     n_head: int = 12
+    activation: str = "gelu_new"
+    eps: float = 1e-5  # of the LayerNorms
+    scaled: bool = True  # attention, by 1 / sqrt(d / heads)
+    scaled_by_layer: bool = False  # and by 1 / (layer + 1)
+
+GELU = {name: lambda x: F.gelu(x, approximate="tanh") for name in ("gelu_new", "gelu_pytorch_tanh")}
+ACTIVATIONS = GELU | {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
 
 class Conv1D(nn.Module):
     """x W + b, with W stored (in, out) as in OpenAI's checkpoints."""
@@ -165,35 +253,38 @@ class Conv1D(nn.Module):
         return F.linear(x, self.weight.T, self.bias)
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
-        self.n_head = c.n_head
         d, std = c.d_model, 0.02 / math.sqrt(2 * c.n_layer)
-        self.ln_1 = nn.LayerNorm(d)
+        self.n_head, self.act = c.n_head, ACTIVATIONS[c.activation]
+        self.scale = (d / c.n_head) ** -0.5 if c.scaled else 1.0
+        self.scale /= layer + 1 if c.scaled_by_layer else 1
+        self.ln_1 = nn.LayerNorm(d, c.eps)
         self.attn = nn.ModuleDict({"c_attn": Conv1D(d, 3 * d), "c_proj": Conv1D(d, d, std)})
-        self.ln_2 = nn.LayerNorm(d)
+        self.ln_2 = nn.LayerNorm(d, c.eps)
         self.mlp = nn.ModuleDict({"c_fc": Conv1D(d, 4 * d), "c_proj": Conv1D(4 * d, d, std)})
 
     def forward(self, x, tap):
         """x (B, T, d) -> (B, T, d). `tap(site, act) -> act` sees, and may replace, the SITES."""
         qkv = self.attn.c_attn(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d/heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = tap("resid_post_attn", x + tap("resid_delta_attn", self.attn.c_proj(y)))
-        h = tap("mlp_post_act", F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        y = self.attn.c_proj(y.transpose(1, 2).flatten(2))
+        x = tap("resid_post_attn", x + tap("resid_delta_attn", y))
+        h = tap("mlp_post_act", self.act(self.mlp.c_fc(self.ln_2(x))))
         return tap("resid_post_mlp", x + tap("resid_delta_mlp", self.mlp.c_proj(h)))
 
 class GPT2(nn.Module):
-    """GPT-2: pre-LayerNorm transformer, learned positions, tanh GELU, tied unembedding. `name` says
-    which one; `curve` is its held-out loss against training FLOPs, [{"flops", "loss"}], or []."""
+    """GPT-2: pre-LayerNorm transformer, learned positions, tied unembedding. `name` says which one;
+    `curve` is its held-out loss against training FLOPs, [{"flops", "loss"}], or []."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.name, self.curve = "gpt2-random", []
         self.wte = nn.Embedding(config.n_vocab, config.d_model)
         self.wpe = nn.Embedding(config.n_ctx, config.d_model)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.d_model)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model, config.eps)
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.01)
 
@@ -224,25 +315,45 @@ class GPT2(nn.Module):
         layer = c.n_layer * 2 // 3 if layer is None else layer
         length = min(64, c.n_ctx) if length is None else length
         d = 4 * c.d_model if site == "mlp_post_act" else c.d_model
-        if site not in SITES:
-            raise UserError(f"unknown site {site!r}; choose one of {', '.join(SITES)}")
+        check_site(site)
         if not 0 <= layer < c.n_layer:
             raise UserError(f"{self.name} has no layer {layer}; choose 0 to {c.n_layer - 1}")
         if not 2 <= length <= c.n_ctx:
             has = f"{self.name} has only {c.n_ctx} positions"
             raise UserError(f"--ctx {length}: {has}; choose 2 to {c.n_ctx}")
-        return {"model": self.name, "layer": layer, "site": site, "d_model": d, "context": length}
+        where = {"layer": layer, "site": site, "d_model": d, "context": length}
+        return {"model": self.name, "model_sha256": self.sha256} | where
+
+    @functools.cached_property
+    def sha256(self):
+        """Of all that it computes with: configuration and weights."""
+        weights = (w.detach().cpu().contiguous().numpy() for w in self.state_dict().values())
+        return sha256([str(self.config).encode(), *(w.data for w in weights)])
 
     def load_state_dict(self, state, *args, **kwargs):
-        """Takes published ones: a `transformer.` prefix, mask buffers, a tied `lm_head.weight`."""
-        extra = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
-        state = {k.removeprefix("transformer."): w for k, w in state.items()}
-        state = {k: w for k, w in state.items() if not k.endswith(extra)}
+        """Takes published ones: see `plain_names`, and a tied `lm_head.weight`."""
+        state = plain_names(state)
+        head = state.pop("lm_head.weight", state.get("wte.weight"))
+        if head is not None and not torch.equal(head, state["wte.weight"]):
+            raise ValueError("its unembedding lm_head is not its embedding wte")
+        self.__dict__.pop("sha256", None)
         return super().load_state_dict(state, *args, **kwargs)
 
     @property
     def device(self):
         return self.wte.weight.device
+
+
+def check_site(site):
+    if site not in SITES:
+        raise UserError(f"unknown site {site!r}; choose one of {', '.join(SITES)}")
+
+def plain_names(state):
+    """Weights by GPT-2's own names: without what wrappers put before them, and mask buffers."""
+    for prefix in ("_orig_mod.", "module.", "transformer."):
+        state = {name.removeprefix(prefix): w for name, w in state.items()}
+    buffers = (".attn.bias", ".attn.masked_bias")
+    return {name: w for name, w in state.items() if not name.endswith(buffers)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,7 +364,7 @@ def download(url, path):
     if path.exists():
         return path
     try:
-        with urllib.request.urlopen(url, timeout=10) as r, atomic(path) as f:
+        with hold(path.parent), urllib.request.urlopen(url, timeout=10) as r, atomic(path) as f:
             size = int(r.headers["Content-Length"] or 0)
             progress = Progress(size, path.name, " bytes")
             while some := r.read(2**20):
@@ -263,7 +374,7 @@ def download(url, path):
             if size and f.tell() != size:
                 raise OSError(f"got {f.tell()} of {size} bytes")
     except Exception as e:
-        if getattr(e, "errno", None) == errno.ENOSPC:
+        if isinstance(e, UserError) or getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         remedy = f"copy it to {path} by hand, name your own --text, or use --model stdlib"
         raise UserError(f"cannot download {url} ({getattr(e, 'reason', e)}); {remedy}") from e
@@ -273,48 +384,132 @@ def read_safetensors(path):
     """-> dict of tensors. The file: 8 bytes of header length, a JSON header, little-endian data."""
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
     dtypes |= {"I64": torch.int64, "I32": torch.int32, "BF16": torch.bfloat16, "BOOL": torch.bool}
-    raw = bytearray(Path(path).read_bytes())
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(bytes(raw[8:start]))
+    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # a memory map
+    start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
+    header = json.loads(raw[8:start].numpy().tobytes())
     header.pop("__metadata__", None)
-    if len(raw) - start != max((t["data_offsets"][1] for t in header.values()), default=0):
-        raise ValueError("truncated")
+    if len(raw) < start + max((t["data_offsets"][1] for t in header.values()), default=0):
+        raise ValueError("it is cut short")
     tensors = {}
     for name, t in header.items():
-        where = {"count": math.prod(t["shape"]), "offset": start + t["data_offsets"][0]}
-        tensors[name] = torch.frombuffer(raw, dtype=dtypes[t["dtype"]], **where).view(t["shape"])
+        a, b = t["data_offsets"]
+        own = raw[start + a : start + b].clone()  # which begins where any type may
+        tensors[name] = own.view(dtypes[t["dtype"]]).view(t["shape"])
     return tensors
 
-def read_weights(path):
-    """A file or folder of weights -> a dict as `train_stdlib` saves it; of other models it has the
-    state and what is known of the config. Raises UserError."""
-    path, config = Path(path), {}
-    if path.is_dir():
-        if (path / "config.json").exists():
-            config = json.loads((path / "config.json").read_text())
-        files = [path / "model.safetensors", path / "pytorch_model.bin", *sorted(path.glob("*.pt"))]
-        files = [file for file in files if file.exists()]
-        if not files:
-            raise UserError(f"{path} holds no model.safetensors, pytorch_model.bin or .pt file")
-        path = files[0]
+def read_file(path):
+    """A file of weights, of any kind -> dict. Raises UserError."""
     try:
         if path.suffix == ".safetensors":
-            return {"state": read_safetensors(path), "config": config}
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            return read_safetensors(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         takes = f"{', '.join(PUBLISHED)}, stdlib, auto, or a path"
         raise UserError(f"no weights at {path}; --model takes {takes}") from None
     except Exception as e:
-        broken = f"not a readable weight file ({type(e).__name__}: {str(e).splitlines()[0][:80]})"
-        raise UserError(f"{path} is {broken}; delete it and run again") from e
-    return state if "merges" in state else {"state": state, "config": config}
+        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]}"
+        ours = "; delete it and run again" if path.parent == CACHE else ""
+        raise UserError(f"{path} is not a readable weight file ({why}){ours}") from e
+
+def read_weights(path):
+    """A file or folder of weights -> a dict as `train_stdlib` saves it; of other models it has the
+    state, and the config that is in it or beside it. Raises UserError."""
+    path, files = Path(path), [Path(path)]
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        names = [name + end for name in ("model.safetensors", "pytorch_model.bin")
+                 for end in (".index.json", "")]
+        files = [path / name for name in names] + sorted(path.glob("*.pt"))
+        files = [file for file in files if file.exists()][:1]
+        if not files:
+            raise UserError(f"{path} holds no model.safetensors, pytorch_model.bin or .pt file")
+    if files[0].name.endswith(".index.json"):
+        files = sorted({folder / part for part in read_json(files[0])["weight_map"].values()})
+    state = {}
+    for file in files:
+        state |= read_file(file)
+    if "merges" in state:
+        return state
+    if "model_args" in state:  # nanoGPT's; its blocks have torch's own GELU
+        config = {"n_head": state["model_args"]["n_head"], "activation_function": "gelu"}
+        return {"state": state["model"], "config": config}
+    config = read_json(folder / "config.json")
+    check_tokenizer(folder)
+    return {"state": state, "config": config}
+
+def check_tokenizer(folder):
+    """Raises UserError for a tokenizer, beside the weights, that is not GPT-2's."""
+    vocab = read_json(folder / "vocab.json")
+    vocab = vocab or read_json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+    if any((folder / name).exists() for name in ("tokenizer.model", "spiece.model", "vocab.txt")):
+        vocab = vocab or {"?": 0}
+    if not vocab:
+        return
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as OpenAI's encoder.py has it
+    others = [b for b in range(256) if b not in printed]
+    byte_of = {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}
+    ranks = gpt2_encoding()._mergeable_ranks
+    of = lambda token: ranks.get(bytes(byte_of.get(c, 0) for c in token))
+    wrong = sum(i < len(ranks) and of(token) != i for token, i in dict(vocab).items())
+    if wrong or len(vocab) < len(ranks):
+        raise UserError(f"the tokenizer in {folder} is not GPT-2's; only models with GPT-2's "
+                        "vocabulary can be read")
+
+def gpt2_config(state, known):
+    """The configuration of weights (state, by GPT-2's own names) and of a config.json, `known`.
+    Raises ValueError for whatever GPT2 would compute otherwise."""
+    known = {name: value for name, value in known.items() if value is not None}
+    n_vocab, d = state["wte.weight"].shape
+    sizes = {"vocab_size": n_vocab, "n_positions": len(state["wpe.weight"]), "n_embd": d,
+             "n_layer": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("h.")),
+             "n_inner": 4 * d}
+    fixed = {"model_type": "gpt2", "add_cross_attention": False, "tie_word_embeddings": True}
+    for name, value in (sizes | fixed).items():
+        if known.get(name, value) != value:
+            raise ValueError(f"its {name} is {known[name]}, here it can only be {value}")
+    for name in ("auto_map", "quantization_config", "pruned_heads"):
+        if known.get(name):
+            raise ValueError(f"its {name} is not understood here")
+    activation = known.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"its activation_function is {activation}; known are "
+                         f"{', '.join(ACTIVATIONS)}")
+    n_head = known.get("n_head") or {768: 12, 1024: 16, 1280: 20, 1600: 25}.get(d, 0)
+    if n_head < 1 or d % n_head:
+        raise ValueError(f"{n_head or 'no'} heads for a width of {d}; a config.json beside the "
+                         "weights must give n_head")
+    return GPT2Config(n_vocab, sizes["n_positions"], d, sizes["n_layer"], n_head, activation,
+                      known.get("layer_norm_epsilon", 1e-5), known.get("scale_attn_weights", True),
+                      known.get("scale_attn_by_inverse_layer_idx", False))
+
+def gpt2_from(state, config, least=0):
+    """A GPT2 of published weights, whose vocabulary has at `least` so many tokens. Raises
+    ValueError for others."""
+    state = plain_names(state)
+    if "wte.weight" not in state:
+        raise ValueError("it has no wte.weight")
+    state = {name: w.float() for name, w in state.items()}
+    d = state["wte.weight"].shape[1]
+    if state["h.0.attn.c_attn.weight"].shape[0] == 3 * d:  # nn.Linear's way round, as nanoGPT's
+        sides = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        state = {name: w.T if name.endswith(sides) else w for name, w in state.items()}
+    if (size := len(state["wte.weight"])) < least:
+        raise ValueError(f"its vocabulary has {size:,} tokens, its tokenizer {least:,}")
+    own = config if "d_model" in config else asdict(gpt2_config(state, config))
+    model = GPT2(GPT2Config(**own))
+    biases = {name: w for name, w in model.state_dict().items() if name.endswith("bias")}
+    if not biases.keys() & state.keys():  # nanoGPT's may go without any
+        state |= {name: torch.zeros_like(w) for name, w in biases.items()}
+    model.load_state_dict(state)
+    return model
 
 def load_model(name_or_path="auto", device="cpu", needs_text=False):
     """-> (GPT2 in eval mode without gradients, tiktoken.Encoding). Raises UserError with a remedy.
 
     name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl (weights fetched once into cache/),
-    `stdlib` (trained once, cached), a file or folder of weights, or `auto`: gpt2 if its weights,
-    and where `needs_text` its text, are cached or can be downloaded, else stdlib; says which."""
+    `stdlib` (trained once, cached), a file or folder of weights (Hugging Face's GPT-2, nanoGPT's),
+    or `auto`: gpt2 if its weights, and where `needs_text` its text, are cached or can be
+    downloaded, else stdlib; says which. A config.json beside weights is honoured or refused."""
     if name_or_path == "auto":
         try:
             found = load_model("gpt2", device)
@@ -325,26 +520,26 @@ def load_model(name_or_path="auto", device="cpu", needs_text=False):
         except UserError as e:
             say(f"model: stdlib, the embedded one, because GPT-2 is not to be had: {e}")
             name_or_path = "stdlib"
-    path = Path(name_or_path)
-    if name_or_path == "stdlib":
+    path, name = Path(name_or_path), str(name_or_path)
+    if name == "stdlib":
         path = CACHE / f"stdlib-{platform.python_version()}-v{FORMAT}.pt"
         if not path.exists():
             train_stdlib(path, device)
-    elif name_or_path in PUBLISHED:
-        path = download(WEIGHTS.format(name_or_path), CACHE / f"{name_or_path}.safetensors")
+    elif name in PUBLISHED:
+        path = download(WEIGHTS.format(name), CACHE / f"{name}.safetensors")
+    else:
+        name = str(path.resolve())  # to be found from any directory
     saved = read_weights(path)
+    merges = saved.get("merges")
     try:
-        state = {k.removeprefix("transformer."): v.float() for k, v in saved["state"].items()}
-        n_vocab, d = state["wte.weight"].shape
-        n_layer = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("h."))
-        n_head = saved["config"].get("n_head") or d // 64
-        model = GPT2(GPT2Config(n_vocab, len(state["wpe.weight"]), d, n_layer, n_head))
-        model.load_state_dict(state)
-    except (AttributeError, KeyError, ValueError, RuntimeError) as e:
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
-        raise UserError(f"{path} holds no GPT-2 ({reason})") from e
-    model.name, model.curve = str(name_or_path), saved.get("curve", [])
-    encoding = bpe_encoding(saved["merges"]) if "merges" in saved else gpt2_encoding()
+        tokens = GPT2_TOKENS if merges is None else 257 + len(merges)
+        model = gpt2_from(saved["state"], saved["config"], tokens)
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:160]
+        kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+        raise UserError(f"{path} holds no GPT-2 that can be read here: {kind}{reason}") from e
+    model.name, model.curve = name, saved.get("curve", [])
+    encoding = gpt2_encoding() if merges is None else bpe_encoding(merges)
     return model.to(device).eval().requires_grad_(False), encoding
 
 def gpt2_encoding():
@@ -365,50 +560,98 @@ def documents(source):
     source: `stdlib` (Python's own library), `webtext` (OpenAI's published sample of GPT-2's
     training text), `-` (standard input), a .txt, .jsonl or .jsonl.gz file (field "text"), a folder
     of such, or any iterable of strings. A .txt file has a document per <|endoftext|>, or, where it
-    has none, one per 4,000 characters or so, cut at blank lines."""
+    has none, one per 4,000 characters or so, cut at blank lines. Standard input is either kind."""
     if not isinstance(source, (str, Path)):
-        return iter(source)
+        return map(as_text, source)
     if source == "stdlib":
         return library()
     if source == "-":
-        return split_text(sys.stdin.read())
+        text = sys.stdin.buffer.read().decode("utf-8-sig", "replace").replace("\r\n", "\n")
+        lines = text.splitlines() if text.lstrip().startswith('{"') else []
+        return parse_jsonl(lines, "standard input") if lines else split_file(text, "standard input")
+    return itertools.chain.from_iterable(map(read_text, text_files(source)))
+
+def as_text(doc):
+    if not isinstance(doc, str):
+        raise UserError(f"a text is a string, this one is of type {type(doc).__name__}")
+    return doc
+
+def text_files(source):
+    """The files of a path, or of `webtext`, in order. Raises UserError where there is no text."""
     if source == "webtext":
-        return documents(download(WEBTEXT, CACHE / "webtext.train.jsonl"))
+        return [download(WEBTEXT, CACHE / "webtext.train.jsonl")]
     path = Path(source)
+    kinds = f"{', '.join(KINDS[:-1])} or {KINDS[-1]} file"
     if path.is_dir():
-        kinds = (".txt", ".jsonl", ".jsonl.gz")
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(kinds))
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in inside if file.name.endswith(KINDS)]
         if not files:
-            raise UserError(f"{path} holds no .txt, .jsonl or .jsonl.gz file")
-        return itertools.chain.from_iterable(map(documents, files))
+            raise UserError(f"{path} holds no {kinds}")
+        if others := len(inside) - len(files):
+            say(f"{path}: {others} of {len(inside)} files are no {kinds}, and left out")
+        return files
     if not path.exists():
-        takes = "a .txt, .jsonl or .jsonl.gz file, a folder of them, -, webtext or stdlib"
+        takes = f"a {kinds}, a folder of them, -, webtext or stdlib"
         raise UserError(f"no text at {path}; --text takes {takes}")
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return read_jsonl(path)
-    return split_text(path.read_text(encoding="utf-8", errors="replace"))
+    if not path.name.endswith(KINDS):
+        raise UserError(f"{path} is no {kinds}; convert it, or rename it if it is one")
+    return [path]
+
+def read_text(path):
+    """Yield the documents of a file, one of KINDS. Raises UserError."""
+    if path.name.endswith(".txt"):
+        return split_file(path.read_text(encoding="utf-8-sig", errors="replace"), path)
+    return read_jsonl(path)
+
+def legible(text, where):
+    """The same text. Raises UserError if some of it was not text in UTF-8."""
+    bad = text.count("\ufffd") + text.count("\0")
+    if bad > 3 + len(text) / 300:
+        raise UserError(f"{where} is not text in UTF-8: {bad} of {len(text):,} characters cannot "
+                        "be read; convert it, as with iconv -t UTF-8")
+    return text
+
+def split_file(text, where):
+    return (legible(doc, where) for doc in split_text(text))
 
 def library():
-    """Yield the files of Python's standard library."""
+    """Yield Python's standard library, its files in pieces of about 4,000 characters, none twice:
+    as whole files, 15 would be most of the held-out text."""
     root = Path(sysconfig.get_path("stdlib"))
-    # pydoc_data is one generated file of 7 % of the text; held out, it would be half of that split.
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
-    for file in sorted(root.rglob("*.py")):
-        if not skip & set(file.relative_to(root).parts):
-            yield file.read_text(encoding="utf-8", errors="replace")
+    files = (f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts))
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    yield from dict.fromkeys(itertools.chain.from_iterable(map(split_text, texts)))
 
 def read_jsonl(path):
     """Yield the "text" of each line of a .jsonl or .jsonl.gz file. Raises UserError."""
-    number = 0
     opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", errors="replace") as f:
+        yield from parse_jsonl(f, path)
+
+def parse_jsonl(lines, where):
+    """Yield the "text" of each line that is not blank. Raises UserError naming the line."""
+    number = 0
     try:
-        with opener(path, "rt", encoding="utf-8", errors="replace") as f:
-            for number, line in enumerate(f, 1):
-                yield json.loads(line)["text"] + ""
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield json.loads(legible(line, f"{where}, line {number},"))["text"] + ""
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError):
-        raise UserError(f'{path}, line {number}: not a JSON object with a string "text"') from None
+        message = f'{where}, line {number}: not a JSON object with a string "text"'
+        raise UserError(message) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise UserError(f"{path} is damaged after line {number}: {e}") from None
+        raise UserError(f"{where} is damaged after line {number}: {e}") from None
+
+def text_sha256(source):
+    """Of a text's content; "" for an iterable, which may be read only once."""
+    if source == "stdlib":
+        return sha256(doc.encode() for doc in library())
+    if isinstance(source, (str, Path)):
+        return sha256(itertools.chain.from_iterable(map(blocks, text_files(source))))
+    docs = source if isinstance(source, list) else ()
+    return sha256(as_text(doc).encode() + b"\0" for doc in docs) if docs else ""
 
 def split_text(text, size=4000):
     """Yield the documents of one long text: cut at <|endoftext|>, or else, after every `size`
@@ -436,7 +679,10 @@ def token_stream(docs, encoding):
             yield next(number), ids + [encoding.eot_token]
 
 def contexts(text_source, encoding, length=64):
-    """Yield rows of `length` token ids: documents joined by <|endoftext|> and cut, no short row."""
+    """Yield rows of `length` token ids: documents joined by <|endoftext|> and cut, no short row.
+    Raises UserError for a length below 1."""
+    if length < 1:
+        raise UserError(f"a context of {length} tokens has none")
     stream = token_stream(documents(text_source), encoding)
     ids = itertools.chain.from_iterable(ids for _, ids in stream)
     while len(row := list(itertools.islice(ids, length))) == length:
@@ -527,6 +773,37 @@ def lm_loss(model, tokens):
     logits = model(tokens[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
+def orthogonal(X, steps=5):
+    """X (..., m, n) -> with singular values near 1: Newton-Schulz, by Muon's quintic polynomial."""
+    if X.shape[-2] > X.shape[-1]:
+        return orthogonal(X.mT, steps).mT
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
+    return X
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum (Jordan 2024) as torch.optim.Muon, but in float32 and equal shapes at
+    once: processors without bf16 units emulate bf16, for 70 % of a step."""
+    def __init__(self, matrices, lr, weight_decay=0.01, momentum=0.95):
+        shapes = defaultdict(list)
+        for p in matrices:
+            shapes[p.shape].append(p)
+        groups = [{"params": ps, "m": torch.zeros_like(torch.stack(ps))} for ps in shapes.values()]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, m, lr = group["params"], group["m"], group["lr"]
+            g = torch.stack([p.grad for p in params])
+            m.lerp_(g, 1 - group["momentum"])
+            update = orthogonal(g.lerp(m, group["momentum"]))
+            size = lr * max(1, g.shape[-2] / g.shape[-1]) ** 0.5
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_sub_(params, list(update * size))
+
 def fit_lm(model, train, val, steps, batch):
     """Train on rows of tokens (contexts, T + 1) -> held-out loss on the way, [{"flops", "loss"}].
     FLOPs per token = 6 (12 L d^2 + d V) + 12 L d T."""
@@ -539,7 +816,7 @@ def fit_lm(model, train, val, steps, batch):
     order = torch.randint(len(train), (steps, batch), generator=gen)
     matrices = [p for p in model.h.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01)
+    muon = Muon(matrices, lr=0.01)
     adamw = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     curve = []
     progress = Progress(steps, "lm")
@@ -552,7 +829,8 @@ def fit_lm(model, train, val, steps, batch):
         # Warm up, hold, decay to near zero.
         lr = min(step / 50, 1.0) * min(1.0, (steps - step) / (0.5 * steps) + 0.02)
         for optimizer in (muon, adamw):
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * lr
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * lr
             optimizer.step()
         if step in milestones:
             with torch.no_grad():
@@ -565,8 +843,7 @@ def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_hea
                  batch=32, length=64, text="stdlib"):  # fmt: skip
     """Train the embedded language model and save {config, state, merges, curve, losses} at `path`.
     `curve`: held-out loss against FLOPs, for the compute-equivalent metric (paper section 4.1)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    say("training the embedded language model (about four minutes on two cores; cached afterwards)")
+    say("training the embedded language model (some minutes on two cores; cached afterwards)")
     start = time.time()
     docs = list(documents(text))
     merges = learn_bpe([doc for i, doc in enumerate(docs) if not is_val(i)], n_vocab - 257)
@@ -583,7 +860,7 @@ def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_hea
     curve = fit_lm(model, train, val, steps, batch)
     losses = {"unigram": unigram, "bigram": bigram, "model": curve[-1]["loss"]}
     saved = {"config": asdict(config), "state": model.state_dict(), "merges": merges}
-    with atomic(path) as f:
+    with hold(path.parent), atomic(path) as f:
         torch.save(saved | {"curve": curve, "losses": losses}, f)
     told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     say(f"  held-out nats per token: {told}; {time.time() - start:.0f} s")
@@ -609,23 +886,40 @@ def to_half(acts, where):
         raise UserError(f"{where}, context {i}, position {t}: {lost}; harvest another site")
     return half
 
+def about(text, docs, encoding):
+    """What meta says of a text: its name, a hash of the content (of docs, the same), separator."""
+    name = "given"
+    if isinstance(text, (str, Path)):
+        name = text if text in ("stdlib", "webtext", "-") else str(Path(text).resolve())
+    return {"text": name, "text_sha256": text_sha256(docs), "eot": encoding.eot_token}
+
 def check_free(out):
     """Raises UserError for a directory that holds something else than a harvest."""
-    if not (out / "meta.json").exists() and out.exists() and any(out.iterdir()):
+    own = (out / "meta.json").exists() or not out.exists()
+    if not own and any(file.name != ".lock" for file in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no harvest; choose another --out")
 
+def more(asked, before):
+    """Whether `asked` tokens are more than those asked for before; 0: the whole text."""
+    return before != 0 and (asked == 0 or asked > before)
+
 def claim(out, want):
-    """Make `out` ready for the harvest `want` -> meta; UserError if it holds anything else."""
-    if (out / "meta.json").exists():
-        meta = read_meta(out)
-        differs = [k for k in want if meta.get(k) != want[k]]
-        if differs and any(out.rglob("*.npy")):
-            told = "; ".join(f"{k}: {meta.get(k)} there, {want[k]} wanted" for k in differs)
+    """Make `out` ready for the harvest `want` -> meta; UserError if it holds anything else. More
+    tokens of the same may be asked for than before."""
+    check_free(out)
+    found = read_meta(out) if (out / "meta.json").exists() else {}
+    if found and any(out.rglob("*.npy")):
+        want = {"model": found["model"], "text": found["text"]} | want
+        names = [k for k in want if k not in ("model", "text", "asked")]  # these by their sha256
+        differs = [k for k in names if found.get(k) != want[k]]
+        if found["asked"] != want["asked"] and not more(want["asked"], found["asked"]):
+            differs.append("asked")
+        if differs:
+            told = "; ".join(f"{k}: {found.get(k)} there, {want[k]} wanted" for k in differs)
             advice = "remove it or choose another --out"
             raise UserError(f"{out} holds another harvest ({told}); {advice}")
-        if meta["complete"] and not differs:
-            return meta
-    check_free(out)
+        if found["complete"] and found["asked"] == want["asked"]:
+            return found
     meta = want | {"complete": False, "tokens": 0, "val_tokens": 0}
     write_json(out / "meta.json", meta)
     return meta
@@ -653,44 +947,51 @@ def harvest(
     model, encoding, text, out, layer=None, site="resid_post_mlp", tokens=0, length=None, batch=256
 ):
     """Write activations of `tokens` training tokens (0: the whole text) and of the held-out
-    documents met on the way -> meta (dict). An interrupted harvest of the same thing is continued:
-    shards that are there are kept. Raises UserError."""
-    out = Path(out)
-    place = model.place(layer, site, length)
-    layer, length = place["layer"], place["context"]
-    source = str(text) if isinstance(text, (str, Path)) else "given"
-    meta = claim(out, {"format": FORMAT} | place | {"text": source, "asked": tokens})
-    if meta["complete"]:
-        say(f"{out} is already complete: {meta['tokens']:,} tokens")
-        return meta
-    digest = hashlib.sha256()
+    documents met on the way -> meta (dict). A harvest of the same model and text, by their content,
+    is continued, or goes on to more tokens: shards that are there are kept. Raises UserError."""
+    out, place = Path(out), model.place(layer, site, length)
+    docs = list(documents(text)) if text == "-" else text  # it can be read only once
+    want = {"format": FORMAT} | place | about(text, docs, encoding) | {"asked": tokens}
+    with hold(out):
+        meta = claim(out, want)
+        if meta["complete"]:
+            say(f"{out} is already complete: {meta['tokens']:,} tokens")
+            return meta
+        write_shards(model, encoding, docs, out, meta, batch)
+        if not meta["tokens"] or not meta["val_tokens"]:
+            gave = f"it gave {meta['tokens']} training and {meta['val_tokens']} held-out tokens"
+            raise UserError(f"the text is too short: {gave} (every 20th document is held out)")
+        if meta["tokens"] < tokens:
+            say(f"the text ended after {meta['tokens']:,} training tokens")
+        write_json(out / "meta.json", meta | {"complete": True})
+    return meta | {"complete": True}
+
+def write_shards(model, encoding, docs, out, meta, batch):
+    """The shards that are not there yet; counts tokens in `meta`, and adds the hash of them all."""
+    length, tokens, digest = meta["context"], meta["asked"], hashlib.sha256()
     progress = Progress(tokens, "harvest", " tokens")
     wanted = math.ceil(tokens / length) * length if tokens else sys.maxsize
     # Ctrl-C loses the shard in work at most: the same command continues.
-    for split, ids in cut_shards(documents(text), encoding, length, wanted):
+    for split, ids in cut_shards(documents(docs), encoding, length, wanted):
         rows = np.array(ids, dtype=np.int32).reshape(-1, length)
         number = meta[COUNT[split]] // (SHARD * length)
         tokens_file = out / split / f"tokens-{number:05d}.npy"
         acts_file = out / split / f"acts-{number:05d}.npy"
-        if not tokens_file.exists():  # it is written last: where it is, the activations are too
-            acts = activations(model, torch.from_numpy(rows).long(), layer, site, batch)
-            write_npy(acts_file, to_half(acts, acts_file).cpu().numpy())
-            write_npy(tokens_file, rows)
-        elif not np.array_equal(np.load(tokens_file), rows):
+        # Tokens are written last: where they are, the activations are too.
+        there = np.load(tokens_file) if tokens_file.exists() else rows[:0]
+        if not np.array_equal(there, rows[: len(there)]):
             advice = f"remove {out} or choose another --out"
             raise UserError(f"{tokens_file} was made from another text; {advice}")
+        if len(there) < len(rows):  # the last one of a shorter harvest is made anew
+            x = torch.from_numpy(rows).long()
+            acts = activations(model, x, meta["layer"], meta["site"], batch)
+            write_npy(acts_file, to_half(acts, acts_file).cpu().numpy())
+            write_npy(tokens_file, rows)
         digest.update(rows.tobytes())
         meta[COUNT[split]] += rows.size
         progress(meta["tokens"])
     progress.finish()
-    if not meta["tokens"] or not meta["val_tokens"]:
-        gave = f"it gave {meta['tokens']} training and {meta['val_tokens']} held-out tokens"
-        raise UserError(f"the text is too short: {gave} (every 20th document is held out)")
-    if meta["tokens"] < tokens:
-        say(f"the text ended after {meta['tokens']:,} training tokens")
-    meta |= {"complete": True, "sha256": digest.hexdigest()}
-    write_json(out / "meta.json", meta)
-    return meta
+    meta["tokens_sha256"] = digest.hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -726,46 +1027,66 @@ def rebatch(blocks, batch, skip):
 
 def read_meta(path):
     """meta.json of a harvested directory. Raises UserError for another kind of file."""
-    file = Path(path) / "meta.json"
-    try:
-        meta = json.loads(file.read_text())
-        return meta | {key: meta[key] for key in ("complete", "context", "d_model")}
-    except (ValueError, KeyError, TypeError):
-        advice = f"remove {path} and harvest again, or name another directory"
-        raise UserError(f"{file} was not written by harvest.py; {advice}") from None
+    meta, needed = read_json(Path(path) / "meta.json"), ("complete", "context", "d_model", "format")
+    if missing := [key for key in needed if key not in meta]:
+        advice = "harvest into another directory, or name another one"
+        raise UserError(f"{path}/meta.json was not written by harvest.py (it has no "
+                        f"{missing[0]!r}); {advice}")
+    if meta["format"] != FORMAT:
+        found = f"{path} has format {meta['format']}, this harvest.py reads {FORMAT}"
+        raise UserError(f"{found}; remove it and harvest again, or name another directory")
+    return meta
 
 def is_harvested(path):
     """Whether a complete harvest is at `path`: False for none or part of one. Raises UserError."""
     return (Path(path) / "meta.json").exists() and read_meta(path)["complete"]
 
+def map_npy(file):
+    """A .npy file as a tensor of its shape, memory-mapped, writable in memory only; unlike those of
+    np.load it holds no file open, of which a process may have few. Raises ValueError."""
+    with open(file, "rb") as f:
+        np.lib.format.read_magic(f)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        start, size = f.tell(), os.fstat(f.fileno()).st_size
+    count = math.prod(shape)
+    if fortran or dtype != np.float16:
+        raise ValueError(f"{dtype} values, not float16")
+    if size != start + 2 * count:
+        raise ValueError(f"{size} bytes, not {start + 2 * count}")
+    return torch.from_file(str(file), size=size // 2, dtype=torch.float16)[start // 2 :].view(shape)
+
 def open_shard(tokens_file, length, d):
-    """-> tokens (n, length), activations (n, length, d) as a memory map. Raises UserError."""
+    """-> tokens (n, length) array, activations (n, length, d), mapped. Raises UserError."""
     file = tokens_file.with_name(tokens_file.name.replace("tokens", "acts"))
     try:
         tokens = np.load(tokens_file, allow_pickle=False)
-        acts = np.load(file, mmap_mode="c", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
+        acts = map_npy(file)
+    except (ValueError, EOFError) as e:
         damage = f"{file} is damaged ({str(e).splitlines()[0][:60]})"
-        advice = 'remove it and its tokens file, set "complete" to false in meta.json'
+        advice = 'move it and its tokens file away, set "complete" to false in meta.json'
         raise UserError(f"{damage}; {advice} and run harvest.py again") from None
     shape = (len(tokens), length, d)
-    if acts.shape != shape or acts.dtype != np.float16:
-        found = f"{acts.shape} {acts.dtype}"
-        raise UserError(f"{file} has shape {found}, expected {shape} float16; harvest again")
+    if acts.shape != shape:
+        raise UserError(f"{file} has shape {tuple(acts.shape)}, expected {shape}; harvest again")
     return tokens, acts
+
+def starts_in(tokens, eot):
+    """tokens (contexts, T) of joined documents -> the number of that in which each one starts."""
+    ended = (tokens == eot).sum(1)
+    return ended.cumsum(0) - ended
 
 class Acts:
     """A harvested directory, memory-mapped: `meta` (dict), `tokens` (contexts, T) int32, `acts` (a
-    list of float16 memory maps, one a shard, each (contexts, T, d)), `len()` in contexts,
-    `acts[rows]` -> (tokens, activations). Raises UserError."""
+    list of float16 tensors, one a shard, each (contexts, T, d)), `len()` in contexts, `document`
+    (the number of the one in which each context starts), `kept` (contexts that `batches` keeps
+    back), `n_train` (tokens that it does not); `acts[rows]` -> (tokens, activations). Raises
+    UserError."""
     def __init__(self, path, split="train"):
         self.path, self.split = Path(path), split
         if not (self.path / "meta.json").exists():
             advice = f"make them with: python harvest.py --out {path}"
             raise UserError(f"no activations at {path} (no meta.json); {advice}")
         self.meta = read_meta(path)
-        if (v := self.meta.get("format")) != FORMAT:
-            raise UserError(f"{path} has format {v}, this harvest.py reads {FORMAT}; harvest again")
         if not self.meta["complete"]:
             advice = "run the same harvest.py command again to complete it"
             raise UserError(f"the harvest in {path} is not finished; {advice}")
@@ -778,7 +1099,9 @@ class Acts:
             raise UserError(f"{holds}: shards are missing; harvest again")
         self.acts = [acts for _, acts in shards]
         self.tokens = np.concatenate([tokens for tokens, _ in shards])
-        self.n_tokens, self.d_model = found, self.meta["d_model"]
+        self.d_model, self.document = self.meta["d_model"], starts_in(self.tokens, self.meta["eot"])
+        self.kept = np.arange(KEEP - 1, len(self.tokens), KEEP)
+        self.n_tokens, self.n_train = found, found - self.tokens[self.kept].size
         self._starts = np.cumsum([0] + [len(acts) for acts in self.acts])
 
     def __len__(self):
@@ -805,15 +1128,15 @@ class Acts:
         cuts = [0, *np.flatnonzero(np.diff(shard)) + 1, len(rows)]  # runs of rows from one shard
         for a, b in zip(cuts, cuts[1:]):
             if a < b:
-                acts = torch.from_numpy(self.acts[shard[a]])
                 within = torch.from_numpy(rows[a:b] - self._starts[shard[a]])
-                torch.index_select(acts, 0, within, out=out[a:b])
+                torch.index_select(self.acts[shard[a]], 0, within, out=out[a:b])
         return out
 
     def batches(self, batch, seed=0, step=0, device="cpu", part=0, parts=1):
         """Yield float16 (batch, d) for ever, from step `step` on: contexts shuffled over the whole
-        set, tokens within BLOCK contexts; each of several parts has its own, and all as many."""
-        n, T = len(self) // parts, self.tokens.shape[1]
+        set, less those `kept` back, tokens within BLOCK contexts; each of several parts has its
+        own, and all as many."""
+        n, T = (len(self) - len(self.kept)) // parts, self.tokens.shape[1]
         block = min(BLOCK, n)
         epoch, start = divmod(step * batch, n * T)
         first, skip = divmod(start, block * T)
@@ -823,6 +1146,7 @@ class Acts:
         def read(rows, key):
             order = torch.from_numpy(np.random.default_rng((*key, 1)).permutation(len(rows) * T))
             rows = np.sort(rows) * parts + part
+            rows += rows // (KEEP - 1)
             if cuda:  # checking all numbers would take longer than training; the loss shows NaN too
                 return self.read(rows, pinned=True).flatten(0, 1), order.pin_memory()
             return self[rows][1].flatten(0, 1), order
@@ -833,10 +1157,12 @@ class Acts:
         blocks = itertools.starmap(read, shuffled_blocks(n, block, seed, first))
         return rebatch(itertools.starmap(mix, ahead(blocks) if cuda else blocks), batch, skip)
 
-    def sample(self, n_tokens, seed=0):
-        """Random contexts of about `n_tokens` tokens -> (tokens (n, T), activations (n, T, d))."""
-        n = min(len(self), max(1, n_tokens // self.tokens.shape[1]))
-        return self[np.random.default_rng(seed).permutation(len(self))[:n]]
+    def sample(self, n_tokens, skip=0, seed=0):
+        """Random contexts, about `n_tokens` tokens, after the first `skip` of that order -> (tokens
+        (n, T), activations (n, T, d), the documents (n) in which they start)."""
+        n = max(1, n_tokens // self.tokens.shape[1])
+        rows = np.random.default_rng(seed).permutation(len(self))[skip : skip + n]
+        return *self[rows], torch.from_numpy(self.document[rows])
 
 class Stream:
     """The same interface as Acts without a disk: as training asks for them, `block` contexts at a
@@ -847,7 +1173,7 @@ class Stream:
         self.model, self.encoding, self.chunk = model, encoding, batch
         self.text = list(documents("-")) if text == "-" else text  # stdin can be read only once
         self.block = block or (16384 if model.device.type == "cuda" else 2048)
-        self.meta = model.place(layer, site, length) | {"text": str(text)}
+        self.meta = model.place(layer, site, length) | about(text, self.text, encoding)
         self.layer, self.site = self.meta["layer"], site
         self.length, self.d_model = self.meta["context"], self.meta["d_model"]
 
@@ -871,14 +1197,23 @@ class Stream:
 
         return rebatch(map(mix, itertools.count(first)), batch, skip)
 
-    def sample(self, n_tokens, seed=0):
+    def sample(self, n_tokens, skip=0):
         """The first held-out contexts, about `n_tokens` tokens, as those of Acts."""
-        rows = split_contexts(self.text, self.encoding, "val", self.length)
-        return self.run(itertools.islice(rows, max(1, n_tokens // self.length)))
+        n = max(1, n_tokens // self.length)
+        rows = list(itertools.islice(
+            split_contexts(self.text, self.encoding, "val", self.length), skip + n))
+        document = starts_in(torch.tensor(rows), self.encoding.eot_token)
+        return *self.run(rows[skip:]), document[skip:]
 
 
 # --------------------------------------------------------------------------------------------------
 # The command.
+
+def check_options(text, site):
+    """Raises UserError for a text that is not there, and for an unknown site."""
+    check_site(site)
+    if text not in (None, "", "-", "stdlib", "webtext"):
+        text_files(text)
 
 def default_text(model):
     """What a model was trained on: Python's library for `stdlib`, WebText for GPT-2."""
@@ -886,28 +1221,42 @@ def default_text(model):
 
 def source(cfg, alone=True):
     """What to train on -> (Acts or Stream, the same of held-out text, training tokens there are).
-    cfg: has acts, model, text, stream, device, as in sae.py's Config; its `acts` becomes "" where
-    activations are streamed. alone: whether missing ones may be harvested here, which one of
-    several processes may not. Raises UserError."""
-    if cfg.stream or cfg.device.startswith("cuda") and not is_harvested(cfg.acts):
-        cfg.acts = ""
+    cfg: has acts, model, text, layer, site, ctx, tokens, stream, device, as in sae.py's Config; its
+    `acts` and `stream` become what is done. alone: whether missing ones may be harvested here,
+    which one of several processes may not. Raises UserError."""
+    if cfg.stream and cfg.acts:
+        raise UserError(f"--stream reads no activations from disk; leave out --acts {cfg.acts}")
+    if cfg.acts and not (Path(cfg.acts) / "meta.json").exists():
+        Acts(cfg.acts)  # which says so
+    given = {name: getattr(cfg, name) for name in ("model", "text", "layer", "site", "ctx")}
+    given = {name: value for name, value in given.items() if value not in (None, "", "auto")}
+    acts = cfg.acts or "acts"
+    cuda = cfg.device.startswith("cuda")
+    cfg.stream = cfg.stream or cuda and not cfg.acts and not is_harvested(acts)
+    if cfg.stream:
+        check_options(cfg.text, site := cfg.site or SITES[3])
         model, encoding = load_model(cfg.model, cfg.device, needs_text=not cfg.text)
-        data = Stream(model, encoding, cfg.text or default_text(model))
+        text = cfg.text or default_text(model)
+        data = Stream(model, encoding, text, cfg.layer, site, cfg.ctx)
         return data, data, 400_000_000
-    if not is_harvested(cfg.acts):
-        missing = f"no complete activations at {cfg.acts}"
+    if not is_harvested(acts):
+        options = [f"--{name}={value}" for name, value in given.items()]
+        options += [f"--tokens={cfg.tokens}"] if cfg.tokens else []
+        missing = f"no complete activations at {acts}"
         if not alone:
-            advice = f"python harvest.py --model {cfg.model} --out {cfg.acts}, or give --stream"
+            advice = f"python harvest.py --out {acts} {' '.join(options)}, or give --stream"
             raise UserError(f"{missing}; make them first: {advice}")
         say(f"{missing}: harvesting")
-        text = ["--text", cfg.text] if cfg.text else []
-        main(["--model", cfg.model, *text, "--out", cfg.acts, "--device", cfg.device])
-    data = Acts(cfg.acts)
-    model, text = data.meta["model"], data.meta["text"]
-    if cfg.model not in ("auto", model) or cfg.text not in ("", text):
-        advice = "name another --acts, or leave out --model and --text"
-        raise UserError(f"{cfg.acts} holds activations of {model} on {text}; {advice}")
-    return data, Acts(cfg.acts, "val"), data.n_tokens
+        main([*options, "--out", acts, "--device", cfg.device])
+    data = Acts(acts)
+    here = data.meta | {"ctx": data.meta["context"]}
+    known = lambda name, value: (value, str(Path(value).resolve()) if name in PATHS else value)
+    if differs := [name for name, v in given.items() if here[name] not in known(name, v)]:
+        told = "; ".join(f"{name}: {here[name]} there, {given[name]} asked for" for name in differs)
+        raise UserError(f"{acts} holds other activations ({told}); name another --acts, or leave "
+                        f"out --{' and --'.join(differs)}")
+    cfg.acts = str(Path(acts).resolve())
+    return data, Acts(acts, "val"), data.n_train
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)
@@ -919,7 +1268,7 @@ def main(argv=None):
     add("--layer", type=int, help="0-based block; default: two thirds up (8 of 12, 2 of 4)")
     add("--site", default=SITES[3], help=f"one of {', '.join(SITES)}; default: {SITES[3]}")
     add("--tokens", type=int, help="training tokens, 0 for the whole text; default: the whole text "
-        "for stdlib, else 10 M on CUDA and 1 M on CPU")
+        "for stdlib, else 10 M on CUDA and 1 M on CPU; a finished harvest goes on to more")
     add("--text", help=".txt, .jsonl, .jsonl.gz, a folder of them, - for standard input, webtext, "
         "stdlib; default: what the model was trained on")
     add("--ctx", type=int, help="tokens in a context; default: 64, as in the paper")
@@ -928,16 +1277,20 @@ def main(argv=None):
     add("--batch", type=int, help="contexts per forward pass; default: 1024 on CUDA, 256 on CPU")
     # fmt: on
     a = p.parse_args(argv)
-    device = pick_device(a.device)
+    device, out = pick_device(a.device), Path(a.out)
     cuda = device.startswith("cuda")
-    check_free(Path(a.out))  # before a model is fetched or trained
-    model, encoding = load_model(a.model, device, needs_text=not a.text)
-    text = a.text or default_text(model)
-    batch = a.batch or (1024 if cuda else 256)
-    usual = 10_000_000 if cuda else 1_000_000
-    if a.tokens is None:
-        a.tokens = 0 if text == "stdlib" else usual
-    meta = harvest(model, encoding, text, a.out, a.layer, a.site, a.tokens, a.ctx, batch)
+    if min(a.tokens or 0, a.batch or 1) < 0 or a.batch == 0:
+        raise UserError(f"--tokens {a.tokens} --batch {a.batch}: there are no negative sizes")
+    check_options(a.text, a.site)  # before a model is fetched or trained
+    check_free(out)
+    with hold(out):
+        model, encoding = load_model(a.model, device, needs_text=not a.text)
+        text = a.text or default_text(model)
+        batch = a.batch or (1024 if cuda else 256)
+        usual = 10_000_000 if cuda else 1_000_000
+        if a.tokens is None:
+            a.tokens = 0 if text == "stdlib" else usual
+        meta = harvest(model, encoding, text, out, a.layer, a.site, a.tokens, a.ctx, batch)
     size = "{tokens:,} training and {val_tokens:,} held-out tokens of {model}".format_map(meta)
     print(f"{a.out}: {size}, layer {meta['layer']}, {meta['site']}, d = {meta['d_model']}")
 

@@ -35,6 +35,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -62,17 +63,18 @@ def normalize(x):
     centered = x - mean
     norm = centered.norm(dim=-1, keepdim=True)
     rounding = 4 * torch.finfo(x.dtype).eps * x.shape[-1] ** 0.5 * mean.abs()
-    norm = torch.where(norm <= rounding, 0.0, norm)  # what is left of a constant vector
-    return torch.where(norm == 0, 0.0, centered / norm), mean, norm  # NaN stays NaN
+    constant = norm <= rounding  # NaN stays NaN
+    return centered / norm.masked_fill(constant, torch.inf), mean, norm.masked_fill(constant, 0.0)
 
 def random_directions(rows, n, d, block=65536):
     """Rows `rows` (a range) of n random unit vectors (n, d), the same whichever are asked for."""
-    seed = torch.randint(2**40, ()).item()
-    blocks = range(rows.start // block, -(-rows.stop // block))
-    gens = [torch.Generator().manual_seed(seed + b) for b in blocks]
-    drawn = [torch.randn(min(block, n - b * block), d, generator=g) for b, g in zip(blocks, gens)]
-    skip = rows.start % block
-    return F.normalize(torch.cat(drawn)[skip : skip + len(rows)], dim=1)
+    seed, out = torch.randint(2**40, ()).item(), torch.empty(len(rows), d)
+    for start in range(rows.start // block * block, rows.stop, block):
+        gen = torch.Generator().manual_seed(seed + start // block)
+        drawn = torch.randn(min(block, n - start), d, generator=gen)
+        own = range(max(start, rows.start), min(start + block, rows.stop))
+        out[own.start - rows.start :][: len(own)] = drawn[own.start - start :][: len(own)]
+    return F.normalize(out, dim=1)
 
 class SAE(nn.Module):
     """TopK autoencoder, section 2.3: W_enc (n, d), b_enc (n), W_dec (n, d) of unit rows, b_pre (d).
@@ -94,11 +96,13 @@ class SAE(nn.Module):
         return normalize(x) if self.normalized else (x, 0.0, 1.0)
 
     def pre_acts(self, u):
+        if u.shape[-1] != self.d_model:
+            raise ValueError(f"width {u.shape[-1]}, where the autoencoder has {self.d_model}")
         return F.linear(u - self.b_pre, self.W_enc, self.b_enc)  # (..., d) @ (d, n) -> (..., n)
 
     def encode(self, u, k=None):
         """u (..., d) -> z as values >= 0 and indices, (..., k) each, unsorted; any k <= n."""
-        values, indices = self.pre_acts(u).topk(k or self.k, sorted=False)
+        values, indices = self.pre_acts(u).topk(self.k if k is None else k, sorted=False)
         return values.relu(), indices
 
     def decode(self, values, indices):
@@ -110,7 +114,8 @@ class SAE(nn.Module):
     def forward(self, x):
         """x (..., d) in the model's own space -> its reconstruction there."""
         u, mean, norm = self.unit(x)
-        return (self.decode(*self.encode(u)) * norm + mean).to(x.dtype)
+        x_hat = self.decode(*self.encode(u)) * norm + mean
+        return x_hat.to(x.dtype) if x.is_floating_point() else x_hat
 
     @torch.no_grad()
     def normalize_decoder(self):
@@ -181,7 +186,7 @@ def save(sae, path):
     """Write weights, k and meta to `path`, atomically."""
     own = {name: getattr(sae, name) for name in ("d_model", "n_latents", "k", "normalized", "meta")}
     weights = {name: p.detach().cpu() for name, p in sae.state_dict().items()}
-    save_atomic(path, {"sae": own, "state": weights})
+    save_atomic(path, {"sae": plain(own), "state": weights})
 
 def load(cls, path, device="cpu"):
     """Read what `save` wrote, or one of OpenAI's released files. Raises ValueError for others."""
@@ -191,10 +196,10 @@ def load(cls, path, device="cpu"):
     saved = load_file(path)
     if "pre_bias" in saved:
         return cls.from_openai(saved).to(device)
-    if "state" not in saved:
+    if not {"sae", "state"} <= saved.keys():
         raise ValueError(f"{path} is neither an autoencoder written by sae.py nor one of OpenAI's")
     own = saved["sae"]
-    sae = cls(own["d_model"], own["n_latents"], own["k"])
+    sae = cls(own["d_model"], own["n_latents"], own["k"]).to(saved["state"]["W_dec"].dtype)
     sae.load_state_dict(saved["state"])
     sae.normalized, sae.meta = own["normalized"], own["meta"]
     return sae.to(device)
@@ -219,6 +224,17 @@ def require(holds, message):
     if not holds:
         raise ValueError(message)
 
+def plain(x):
+    """x as JSON has it, which any reader can load. Raises ValueError for what is not data."""
+    def as_data(v):
+        if isinstance(v, os.PathLike):
+            return os.fspath(v)
+        if getattr(v, "size", None) == 1 or getattr(v, "shape", None) == ():
+            return v.item()  # a number of numpy or torch
+        raise ValueError(f"{v!r:.60} cannot be saved; give numbers, texts, lists or dicts")
+
+    return json.loads(json.dumps(x, default=as_data))
+
 def save_atomic(path, obj):
     """Save a text, or else by torch.save: `path` is whole in the end, or as it was."""
     part = Path(f"{path}.part")
@@ -229,6 +245,8 @@ def save_atomic(path, obj):
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
+    except RuntimeError as e:
+        raise e.__context__ if isinstance(e.__context__, OSError) else e  # torch's, of a full disk
     finally:
         part.unlink(missing_ok=True)
 
@@ -553,7 +571,7 @@ class Sparse(SAE):
         for v in (u - self.b_pre).to(W.dtype).split(max(1, DENSE[u.device.type] // len(W))):
             pre_acts, width = F.linear(v, W, b), min(k, len(W))  # (chunk, d) @ (d, n) -> (chunk, n)
             if k == self.n_latents:  # a ReLU: as wide as it needs to be
-                width = max(1, int((pre_acts > 0).sum(1).max()))
+                width = max(1, int((pre_acts > 0).sum(1).max())) if len(v) else 1
             codes.append(topk(pre_acts, width))
             if k_aux:  # the ReLU first: most are negative, which `topk` likes less
                 values = pre_acts.index_select(1, dead).relu_()
@@ -576,8 +594,10 @@ class Sparse(SAE):
 
     def encode(self, u, k=None):
         """As SAE.encode; with k = n only as many columns come back as the batch needs."""
-        flat = u.reshape(-1, self.d_model)
-        values, support = self.activate(flat, *self.select(flat, k or self.k)[0])
+        d, k = self.d_model, self.k if k is None else k
+        require(u.shape[-1] == d, f"width {u.shape[-1]}, where the autoencoder has {d}")
+        flat = u.reshape(-1, d)
+        values, support = self.activate(flat, *self.select(flat, k)[0])
         return tuple(t.view(*u.shape[:-1], t.shape[1]) for t in (values, support.indices))
 
     def decode(self, values, indices):
@@ -920,6 +940,9 @@ class Run:
         found = [*sorted(self.path.glob("checkpoint*.pt")), *self.checkpoints()][::-1]
         seen = found, (self.path / "sae.pt").exists(), restarted
         self.found, self.finished, restarted = mesh.broadcast(seen)
+        own = self.found or self.finished or (self.path / "config.json").exists()
+        require(own or all(file.name.startswith(".") for file in self.path.glob("*")),
+                f"{cfg.out} is not empty and holds no run; choose another --out")
         require(cfg.resume or restarted or not (self.found or self.finished),
                 f"{cfg.out} already holds a run; continue it with --resume or choose another --out")
 
@@ -930,22 +953,33 @@ class Run:
     def begin(self, first, meta):
         """A Trainer at step 0, from the first batches [(b, d)] of the run."""
         cfg, mesh = self.cfg, self.mesh
+        widths = sorted({x.shape[1] for x in first})
+        require(len(widths) == 1, f"the first batches have widths {widths}")
         x = torch.cat([mesh.all_gather(x.to(cfg.device), "world") for x in first])
         u = normalize(x[:32768].float())[0]
-        torch.manual_seed(cfg.seed)
-        sae = mesh.sae(u.shape[1], cfg.n_latents, cfg.k).to(cfg.device)
-        init_from_data(sae, u)
+        c = (u - u.mean(0)).square().mean().item()
+        require(math.isfinite(c), "NaN or Inf in the first activations")
+        require(c > 0, "all these activations are alike; there is nothing to reconstruct")
+        with torch.random.fork_rng([]):
+            torch.manual_seed(cfg.seed)
+            sae = mesh.sae(u.shape[1], cfg.n_latents, cfg.k).to(cfg.device)
+            init_from_data(sae, u)
         sae.meta = dict(meta or {})
-        return mesh.trainer(cfg, sae, (u - u.mean(0)).square().mean().item())
+        return mesh.trainer(cfg, sae, c)
 
     def resume(self, meta):
         """The Trainer of the newest readable checkpoint, or None where the run is to begin.
         Raises ValueError if it is of other settings or data, or if none is readable."""
         folder, self.damaged = self.mesh.broadcast(self.newest())
         if folder:
-            trainer = restore(read_checkpoint(folder), self.cfg, self.mesh, folder)
+            saved = read_checkpoint(folder)
+            trainer = restore(saved, self.cfg, self.mesh, folder)
             said, remedy = "was trained on other activations", "give those that it was trained on"
-            agree(trainer.sae.meta, meta or {}, f"{folder} {said}", remedy)
+            longer = self.cfg.tokens > saved[0]["config"]["tokens"]
+            agree(trainer.sae.meta, identity(meta or {}, longer), f"{folder} {said}", remedy)
+            require(trainer.steps <= self.steps, f"{folder} has seen more than these "
+                    f"{self.cfg.tokens:,} tokens; give more --tokens, or another --out")
+            trainer.sae.meta = dict(meta or {})
             return trainer
         why = [*self.damaged.values(), f"there is no checkpoint in {self.path}"][0]
         require(not (self.damaged or self.finished),
@@ -1039,16 +1073,22 @@ class Run:
         return sae
 
 def hold(path):
-    """A lock on the directory, which ends with the process. Raises ValueError if another has it."""
+    """A lock on the directory, which ends with the process. Raises ValueError, naming the holder,
+    if another has it."""
     path.mkdir(parents=True, exist_ok=True)
     lock = open(path / ".lock", "a+")
     try:
         import fcntl  # which Windows does not have
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another process is writing to {path}; choose another --out") from None
+        lock.seek(0)
+        who = lock.read().strip() or "another process"
+        raise ValueError(f"{who} is writing to {path}; choose another --out") from None
     except (ImportError, OSError):  # nor every file system
         pass
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:200]})")
+    lock.flush()
     return lock
 
 def read_checkpoint(folder):
@@ -1062,7 +1102,8 @@ def read_checkpoint(folder):
 def restore(saved, cfg, mesh=ALONE, source="the checkpoint"):
     """The Trainer of a checkpoint, of any shards. Raises ValueError where settings differ, but for
     those that change no weight, or only how the text is divided among processes."""
-    free = ("resume", "minutes", "out", "acts", "device", "shards", "accumulate")
+    free = ("resume", "minutes", "out", "device", "shards", "accumulate", "tokens",
+            "acts", "model", "text", "layer", "site", "ctx")  # which `identity` looks at
     mine = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
     said, remedy = "was made with another configuration", "use those values or another --out"
     agree(saved[0]["config"], mine, f"{source} {said}", remedy)
@@ -1088,6 +1129,13 @@ def restore(saved, cfg, mesh=ALONE, source="the checkpoint"):
     trainer.n_dead = int(mesh.all_reduce(own_dead, "shard"))
     return trainer
 
+def identity(meta, longer):
+    """What of a run's meta must stay as it was: the content, not the name, of what has a hash. A
+    run that goes on for longer may do so on more of the same activations."""
+    hashed = [name.removesuffix("_sha256") for name in meta if name.endswith("_sha256")]
+    free = (*hashed, "tokens_sha256") if longer else hashed
+    return {name: value for name, value in meta.items() if name not in free}
+
 def agree(there, here, message, remedy):
     """Raises ValueError, with what differs, if `here` has anything otherwise than `there`."""
     pairs = ((name, there.get(name), value) for name, value in here.items())
@@ -1105,15 +1153,23 @@ def show(line):
 
 @contextmanager
 def asked_to_stop():
-    """A list that Ctrl-C and SIGTERM fill, interrupting nothing."""
+    """A list that Ctrl-C, SIGTERM and a terminal that closes fill, interrupting nothing."""
     stop, main = [], threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if main else ()
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {s: signal.signal(s, lambda *_: stop.append(1)) for s in signals}
     try:
         yield stop
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+def as_batch(x, size):
+    """x. Raises ValueError where it is no batch of so many activations."""
+    found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+    right = isinstance(x, torch.Tensor) and x.ndim == 2 and len(x) == size
+    require(right, f"batches are tensors of shape ({size}, d), not {found}")
+    return x
 
 def next_batch(run, trainer, stream):
     """The next batch of this replica (B, d), of which each of its shards has read a share."""
@@ -1133,19 +1189,25 @@ def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
     that step on`, or any iterable of them. val: held-out activations (N, d). meta: dict kept in the
     SAE. log: is given each line of log.jsonl, in place of stderr. mesh: from `Mesh.join`; then
     `batches` gives this process's share (B / world, d), a Shard comes back. Writes into cfg.out.
-    Ctrl-C and SIGTERM save a checkpoint, then raise KeyboardInterrupt. Raises ValueError for what
-    cannot be trained on, and if a process is lost."""
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint, then raise KeyboardInterrupt. Raises ValueError
+    for what cannot be trained on or saved, and if a process is lost."""
+    cfg, meta = dataclasses.replace(cfg, **plain(dataclasses.asdict(cfg))), plain(meta or {})
+    require(cfg.batch > 0 and cfg.out, "this Config is not complete: give what `resolve` returns")
     require(cfg.batch % (mesh.world * cfg.accumulate) == 0, f"a batch of {cfg.batch} cannot be cut "
             f"into {mesh.world} processes times {cfg.accumulate} parts; choose another --batch")
     start = batches if callable(batches) else lambda step: itertools.islice(batches, step, None)
     with hold(Path(cfg.out)) if mesh.rank == 0 else nullcontext():
         run = Run(cfg, mesh)
         trainer = run.resume(meta)
-        stream = start(trainer.steps if trainer else 0)
+        size = cfg.batch // mesh.world
+        stream = (as_batch(x, size) for x in start(trainer.steps if trainer else 0))
         if not trainer:
             first = list(itertools.islice(stream, math.ceil(32768 / cfg.batch)))
             trainer = run.begin(first, meta)
             stream = itertools.chain((first.pop(0) for _ in range(len(first))), stream)
+        d = trainer.sae.d_model
+        require(val is None or as_batch(val, len(val) or 1).shape[1] == d and val.isfinite().all(),
+                f"val must be finite activations (N, {d})")
         run.settle(trainer.steps)
         if mesh.rank == 0 and not log:
             print("     step |   nmse    val |    l0 |   dead |      lr |   tok/s |    eta",
@@ -1177,12 +1239,16 @@ def option(default, text, auto=""):
 class Config:
     n_latents: int = option(32768, "latents n")
     k: int = option(32, "active latents a token")
-    acts: str = option("acts", "harvested activations; if there are none there, they are made")
-    out: str = option("", "run directory", "runs/n{n_latents}_k{k}, with _multi; or _l1_{l1}")
+    acts: str = option("", "harvested activations", "acts/; if not there made, on CUDA streamed")
+    out: str = option("", "run directory", "runs/n{n_latents}_k{k}, and all else that is given")
     model: str = option("auto", "model when activations must be made: gpt2, ..., stdlib, or a path")
     text: str = option("", "text when activations must be made", "what the model was trained on")
-    stream: bool = option(False, "run the model while training; on CUDA so without --acts")
-    tokens: int = option(0, "training tokens, over epochs", "all of --acts once; 400 M streamed")
+    layer: int = option(None, "0-based block of the model", "two thirds up: 8 of 12, 2 of 4")
+    site: str = option("", "activation in that block: see harvest.py", "resid_post_mlp")
+    ctx: int = option(None, "tokens in a context", "64, as in the paper")
+    stream: bool = option(False, "run the model while training; on CUDA so where there are no acts")
+    tokens: int = option(0, "training tokens, over epochs; a finished run goes on to more",
+                         "all of --acts once; 400 M streamed")
     batch: int = option(0, "tokens a step", "tokens / 2000, a power of 2 in 1024 ... 131,072")
     lr: float = option(0.0, "Adam's, constant", "1e-4 sqrt(32768 / n), more in short runs")
     k_aux: int = option(0, "dead latents used by AuxK", "the power of two at or below d/2")
@@ -1198,14 +1264,28 @@ class Config:
     seed: int = option(0, "of initialisation and data order")
     device: str = option("", "cuda or cpu", "cuda if there")
     minutes: float = option(5.0, "between checkpoints")
-    resume: bool = option(False, "continue the run in --out, bit-exactly on CPU, or begin it")
+    resume: bool = option(False, "continue the run in --out, bit-exactly on CPU, or begin it; what "
+                          "is left out is as it was")
+
+UNNAMED = ("n_latents", "k", "out", "device", "minutes", "resume", "shards", "accumulate")
+
+def default_out(c):
+    """runs/n32768_k32 for the defaults; what is given differently is in the name too."""
+    kind = "" if c.l1 else f"_k{c.k}"
+    for f in dataclasses.fields(c):
+        if f.name not in UNNAMED and (value := getattr(c, f.name)) != f.default:
+            told = f"_{value:g}" if f.type is float else "" if f.type is bool else f"_{value}"
+            kind += f"_{f.name}" + re.sub(r"[^\w.+-]+", "-", told)
+    return f"runs/n{c.n_latents}{kind}"
 
 def resolve(cfg, d_model, tokens):
     """The Config with what was left out chosen (README, "Defaults") for so many tokens of
     activations of width d_model. Raises ValueError for impossible ones."""
     c = dataclasses.replace(cfg)
-    kind = f"l1_{c.l1:g}" if c.l1 else f"k{c.k}_multi" if c.multi_topk else f"k{c.k}"
-    c.out = c.out or f"runs/n{c.n_latents}_{kind}"
+    c.out = str(c.out or default_out(c))
+    for name in ("tokens", "batch", "lr", "k_aux", "aux_coef", "dead_tokens", "clip", "l1", "ema",
+                 "minutes"):
+        require(0 <= getattr(c, name) < math.inf, f"--{name} {getattr(c, name)} is no such number")
     require(c.l1 == 0 or c.l1 > 0 and not c.multi_topk,
             f"--l1 {c.l1:g} must be positive, and goes without --multi_topk")
     if c.l1:
@@ -1240,11 +1320,11 @@ def parse_config(argv=None):
     p = argparse.ArgumentParser(description=head, epilog=rest, formatter_class=kind)
     for f in dataclasses.fields(Config):
         text, auto = f.metadata["help"], f.metadata["auto"]
-        if f.default is False:
+        if f.type is bool:
             p.add_argument(f"--{f.name}", action="store_true", help=text)
         else:
             text += f" (auto: {auto})" if auto else f" (default: {f.default!r})"
-            p.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=text)
+            p.add_argument(f"--{f.name}", type=f.type, help=text)
     add = p.add_argument
     add("--plan", action="store_true", help="print what such a run takes on --world devices")
     add("--d_model", type=int, default=768, help="with --plan: width of activations (default: 768)")
@@ -1252,7 +1332,14 @@ def parse_config(argv=None):
     add("--speeds", default="790,4300,50", help="with --plan: a device's TFLOP/s, GB/s of memory, "
         "GB/s to others (default: 790,4300,50)")
     a = p.parse_args(argv)
-    return a, Config(**{f.name: getattr(a, f.name) for f in dataclasses.fields(Config)})
+    names = [f.name for f in dataclasses.fields(Config)]
+    given = {name: v for name in names if (v := getattr(a, name)) is not None and v is not False}
+    cfg = Config(**given)
+    cfg.out = cfg.out or default_out(cfg)
+    if cfg.resume and (before := read(Path(cfg.out) / "config.json")):
+        kept = {name: v for name, v in json.loads(before).items() if name in names}
+        cfg = Config(**kept | {"device": "", "resume": True} | given)
+    return a, cfg
 
 def plan(cfg, d, world=1, speeds=(790, 4300, 50), dead=0.05):
     """What a run takes, before renting it: {row: (amount, unit)}, counted, not measured; bytes a
@@ -1307,10 +1394,14 @@ def show_plan(cfg, a):
     print("\n".join(f"  {name:<24} {x:>12.3f} {unit}" for name, (x, unit) in rows.items()))
 
 def main(argv=None):
-    import harvest
     a, cfg = parse_config(argv)
     if a.plan:
         return show_plan(cfg, a)
+    try:
+        import harvest
+    except ImportError as e:
+        raise ValueError(f"the command needs harvest.py beside sae.py, and its packages ({e}); in "
+                         "a program of your own, call `train`") from None
     keep_heap()
     cfg.device = harvest.pick_device(cfg.device)
     if ":" in cfg.device:
@@ -1325,8 +1416,13 @@ def main(argv=None):
     require(known == (meta, tokens), f"this process has {meta}, the first one {known[0]}; "
             "give all machines the same --model, --text and --acts")
     cfg = resolve(cfg, meta["d_model"], tokens)
-    val = held_out.sample(65536 if cfg.device.startswith("cuda") else 8192)[1].flatten(0, 1)
-    where = {name: meta[name] for name in ("model", "layer", "site", "context", "text")}
+    most = 65536 if cfg.device.startswith("cuda") else 8192
+    val = held_out.sample(4 * most)[1]
+    val = val[: max(1, len(val) // 4)]
+    where = {"chosen_on": len(val)}  # contexts, the first, which evals.py leaves out
+    for name in ("model", "layer", "site", "context", "text"):
+        hashes = name + "_sha256", "tokens_sha256"
+        where |= {key: meta[key] for key in (name, *hashes) if key in meta}
     if mesh.rank == 0:
         print(f"{meta['model']}, layer {meta['layer']}, {meta['site']}: {cfg.tokens:,} tokens, "
               f"d {meta['d_model']}, n {cfg.n_latents}, k {cfg.k}, batch {cfg.batch}, lr "
@@ -1335,9 +1431,13 @@ def main(argv=None):
               f"{cfg.out}", file=sys.stderr)
     share, place = cfg.batch // mesh.world, (cfg.device, mesh.rank, mesh.world)
     batches = lambda step: data.batches(share, cfg.seed, step, *place)
-    train(cfg, batches, val, where, mesh=mesh)
+    train(cfg, batches, val.flatten(0, 1), where, mesh=mesh)
     mesh.leave()
 
 if __name__ == "__main__":
-    import harvest
-    harvest.run_main(main)
+    try:
+        from harvest import run_main
+    except ImportError:  # --help and --plan can do without
+        main()
+    else:
+        run_main(main)

@@ -14,6 +14,7 @@ import ast
 import base64
 import contextlib
 import dataclasses
+import datetime
 import functools
 import gzip
 import html
@@ -176,6 +177,39 @@ def test_normalize_round_trip_and_invariance(seed, d, shift, scale):
     assert torch.allclose(u.sum(-1), torch.zeros(5, dtype=u.dtype), atol=1e-12)
     assert torch.allclose(u.norm(dim=-1), torch.ones(5, dtype=u.dtype))
     assert torch.allclose(S.normalize(x * scale + shift * scale)[0], u, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [S.SAE, S.Sparse])
+def test_any_leading_shape_and_no_other_width(make):
+    torch.manual_seed(0)
+    m = make(6, 20, 3).double()
+    x = randn(4, 5, 6)
+    flat, whole = m.encode(x.flatten(0, 1)), m.encode(x)
+    for one, all_ in zip(flat, whole):
+        assert torch.equal(one.view(4, 5, 3), all_)
+    assert torch.allclose(m(x), m(x.flatten(0, 1)).view(4, 5, 6))
+    grads = []
+    for u in (x, x.flatten(0, 1)):
+        m.zero_grad()
+        m.decode(*m.encode(u)).square().sum().backward()
+        grads.append([p.grad.clone() for p in m.parameters()])
+    assert all(torch.allclose(a, b) for a, b in zip(*grads))
+    for wrong in (x[..., :5], x[..., :3], torch.cat([x, x], -1), x.flatten()):
+        for call in (m, m.encode, m.pre_acts):
+            with pytest.raises(ValueError, match="where the autoencoder has 6"):
+                call(wrong)
+    assert m.encode(x, k=0)[0].shape == (4, 5, 0)
+    assert m.encode(x[:0])[0].shape == (0, 5, 3)
+    relu = make(6, 20, 20).double()
+    assert len(relu.encode(x[0, :0])[0]) == 0
+
+
+def test_gradients_at_zero_and_constant_rows_are_zero():
+    x = torch.stack([torch.zeros(5), torch.full((5,), 3.0), torch.tensor([1.0, 2, 0, 1, 7])])
+    x = x.double().requires_grad_()
+    S.normalize(x)[0].square().mul(torch.arange(5.0)).sum().backward()
+    assert (x.grad[:2] == 0).all() and x.grad.isfinite().all() and (x.grad[2] != 0).any()
+    assert torch.autograd.gradcheck(lambda v: S.normalize(v)[0], randn(2, 5).requires_grad_())
 
 
 def test_constant_vectors_are_harmless():
@@ -585,6 +619,30 @@ def test_k_equal_n_is_a_relu_autoencoder():
     assert torch.allclose(m.decode(values, indices), m.pre_acts(u).relu() @ m.W_dec + m.b_pre)
 
 
+def test_only_data_is_saved_and_all_of_it_can_be_loaded(tmp_path):
+    """What torch.load would refuse is made plain, or refused before anything is trained."""
+    meta = {"path": tmp_path, "n": np.int64(3), "loss": np.float32(0.5),
+            "list": (1, torch.ones(()))}
+    cfg = dataclasses.replace(tiny_config(tmp_path), out=tmp_path / "run", lr=np.float32(2**-9))
+    S.train(cfg, planted_batches, meta=meta)
+    saved = S.SAE.load(tmp_path / "run/sae.pt").meta
+    assert [saved[name] for name in meta] == [str(tmp_path), 3, 0.5, [1, 1.0]]
+    S.train(dataclasses.replace(cfg, resume=True), planted_batches, meta=meta)
+    for bad in (datetime.date.today(), torch.ones(3), S):
+        with pytest.raises(ValueError, match="cannot be saved; give numbers"):
+            S.train(tiny_config(tmp_path / "bad"), planted_batches, meta={"x": bad})
+    assert not (tmp_path / "bad").exists()
+    sae = S.SAE(4, 8, 2)
+    sae.meta = {"x": {1, 2}}
+    with pytest.raises(ValueError, match="cannot be saved"):
+        sae.save(tmp_path / "x.pt")
+    S.SAE(4, 8, 2).double().save(tmp_path / "x.pt")
+    assert S.SAE.load(tmp_path / "x.pt").W_dec.dtype == torch.float64
+    torch.save({"state": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="neither an autoencoder"):
+        S.SAE.load(tmp_path / "other.pt")
+
+
 def test_save_and_load(tmp_path):
     m, x = make_sae(6, 25, 3, dtype=F32), randn(10, 6, dtype=F32)
     m.meta = {"layer": 2}
@@ -870,6 +928,57 @@ def test_resume_refuses_other_data_and_damaged_checkpoints(tmp_path):
         S.train(cfg, planted_batches, planted(100))
 
 
+def test_data_of_the_wrong_shape_or_none_are_refused(tmp_path):
+    x = planted(64)
+    same = lambda batch: lambda step: itertools.repeat(batch)
+    cfg = tiny_config(tmp_path)
+    for batch, said in ((x[:40], r"shape \(64, d\), not \(40, 16\)"), (x[0], "not .16,"),
+                        (x.numpy(), "not ndarray"), (torch.zeros_like(x), "are alike"),
+                        (torch.ones_like(x), "are alike"), (x * math.nan, "NaN or Inf")):
+        with pytest.raises(ValueError, match=said):
+            S.train(cfg, same(batch))
+    with pytest.raises(ValueError, match="have widths .8, 16."):
+        S.train(cfg, [x, x[:, :8]])
+    for val in (x[:, :3], x[:0], x[0], x * math.nan):
+        with pytest.raises(ValueError, match="val must be|are tensors of|not enough"):
+            S.train(cfg, planted_batches, val)
+    with pytest.raises(ValueError, match="give what `resolve` returns"):
+        S.train(S.Config(), planted_batches)
+
+
+def test_training_leaves_the_global_random_numbers_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    S.train(tiny_config(tmp_path), planted_batches)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_finished_run_goes_on_to_more_tokens(tmp_path):
+    long = tiny_config(tmp_path / "long", tokens=64 * 60)
+    short = dataclasses.replace(long, tokens=64 * 20, out=str(tmp_path / "short"))
+    whole = S.train(long, planted_batches, meta={"tokens_sha256": "a"})
+    S.train(short, planted_batches, meta={"tokens_sha256": "a"})
+    more = dataclasses.replace(long, out=short.out, resume=True)
+    again, other = dataclasses.replace(short, resume=True), {"tokens_sha256": "b"}
+    with pytest.raises(ValueError, match="tokens_sha256: a there, b now"):
+        S.train(again, planted_batches, meta=other)
+    assert same_weights(whole, S.train(more, planted_batches, meta=other))
+    with pytest.raises(ValueError, match="has seen more than these 1,280 tokens"):
+        S.train(again, planted_batches)
+
+
+def test_the_default_name_holds_what_differs_from_the_defaults():
+    name = lambda *argv: Path(S.parse_config([*map(str, argv)])[1].out).name
+    assert name() == name("--device", "cpu", "--minutes", 1) == "n32768_k32"
+    assert name("--k", 4, "--lr", 1e-3, "--multi_topk") == "n32768_k4_lr_0.001_multi_topk"
+    assert name("--l1", 0.125) == "n32768_l1_0.125" and name("--aux_coef", 0).endswith("aux_coef_0")
+    assert name("--acts", "../a b/c") == "n32768_k32_acts_..-a-b-c"
+    fields = [f for f in dataclasses.fields(S.Config) if f.name not in S.UNNAMED]
+    every = {name("--" + f.name, *[] if f.type is bool else [7]) for f in fields}
+    assert len(every | {"n32768_k32"}) == len(fields) + 1
+
+
 def test_a_bad_batch_stops_training_with_its_step(tmp_path):
     def bad(step):
         yield from [planted(64)] * 512
@@ -1098,9 +1207,16 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
 def test_one_process_at_a_time_writes_a_run(tmp_path):
     cfg = tiny_config(tmp_path)
     other = S.hold(Path(cfg.out))
-    with pytest.raises(ValueError, match="another process is writing to .*; choose another --out"):
+    who = f"process {os.getpid()} on .*pytest.* is writing to .*; choose another --out"
+    with pytest.raises(ValueError, match=who):
         S.train(cfg, planted_batches)
+    with pytest.raises(harvest.UserError, match=who.replace("choose another --out", "wait for it")):
+        with harvest.hold(cfg.out):
+            pass
     other.close()
+    with harvest.hold(cfg.out), harvest.hold(cfg.out):  # once more by the same process
+        with pytest.raises(ValueError, match="is writing to"):
+            S.train(cfg, planted_batches)
     S.train(cfg, planted_batches)
     with pytest.raises(ValueError, match="already holds a run"):
         S.train(cfg, planted_batches)
@@ -1261,22 +1377,33 @@ def test_replicas_read_disjoint_halves(acts_dir):
 # ---------------------------------------------------------------------------------- GPT-2
 
 
-def tiny_gpt2(seed=0, dtype=torch.float64):
+def tiny_gpt2(seed=0, dtype=torch.float64, **kw):
     torch.manual_seed(seed)
-    config = harvest.GPT2Config(n_vocab=31, n_ctx=12, d_model=12, n_layer=3, n_head=3)
+    sizes = dict(n_vocab=31, n_ctx=12, d_model=12, n_layer=3, n_head=3)
+    config = harvest.GPT2Config(**sizes | kw)
     m = harvest.GPT2(config).to(dtype).requires_grad_(False)
     for p in m.parameters():
         p.add_(0.2 * torch.randn_like(p))
     return m
 
 
-def numpy_gpt2(state, tokens, n_layer, n_head):
+def tanh_gelu(a):
+    return 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+
+
+NUMPY = {"gelu": lambda a: 0.5 * a * (1 + np.vectorize(math.erf)(a / math.sqrt(2))),
+         "gelu_new": tanh_gelu, "relu": lambda a: np.maximum(a, 0),
+         "silu": lambda a: a / (1 + np.exp(-a))}
+
+
+def numpy_gpt2(state, tokens, config):
     """GPT-2 in loops over heads and positions. Returns the logits and every site of every layer."""
+    n_layer, n_head = config.n_layer, config.n_head
     w = {k: v.double().numpy() for k, v in state.items()}
 
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.eps)
         return x * w[name + ".weight"] + w[name + ".bias"]
 
     def affine(x, name):
@@ -1292,26 +1419,28 @@ def numpy_gpt2(state, tokens, n_layer, n_head):
         for head in range(n_head):
             cols = slice(head * size, (head + 1) * size)
             for i in range(len(tokens)):
-                score = np.array([q[i, cols] @ k[j, cols] / math.sqrt(size) for j in range(i + 1)])
+                score = np.array([q[i, cols] @ k[j, cols] for j in range(i + 1)])
+                score /= math.sqrt(size) if config.scaled else 1
+                score /= layer + 1 if config.scaled_by_layer else 1
                 p = np.exp(score - score.max())
                 mixed[i, cols] = (p / p.sum()) @ v[: i + 1, cols]
         sites[layer, "resid_delta_attn"] = affine(mixed, h + "attn.c_proj")
         x = sites[layer, "resid_post_attn"] = x + sites[layer, "resid_delta_attn"]
         a = affine(norm(x, h + "ln_2"), h + "mlp.c_fc")
-        tanh = np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3))
-        sites[layer, "mlp_post_act"] = 0.5 * a * (1 + tanh)
+        sites[layer, "mlp_post_act"] = NUMPY[config.activation](a)
         sites[layer, "resid_delta_mlp"] = affine(sites[layer, "mlp_post_act"], h + "mlp.c_proj")
         x = sites[layer, "resid_post_mlp"] = x + sites[layer, "resid_delta_mlp"]
     return norm(x, "ln_f") @ w["wte.weight"].T, sites
 
 
-@given(seeds)
-@settings(max_examples=5)
-def test_gpt2_against_loops(seed):
-    m = tiny_gpt2(seed % 100)
+@given(seeds, st.sampled_from([*NUMPY]), st.sampled_from([1e-5, 0.3]), st.booleans(), st.booleans())
+@settings(max_examples=8)
+def test_gpt2_against_loops(seed, activation, eps, scaled, by_layer):
+    kw = dict(activation=activation, eps=eps, scaled=scaled, scaled_by_layer=by_layer)
+    m = tiny_gpt2(seed % 100, **kw)
     tokens = torch.randint(31, (2, 12), generator=gen(seed))
     for row in range(2):
-        logits, sites = numpy_gpt2(m.state_dict(), tokens[row].tolist(), 3, 3)
+        logits, sites = numpy_gpt2(m.state_dict(), tokens[row].tolist(), m.config)
         assert np.allclose(m(tokens)[row].numpy(), logits)
         for (layer, site), expected in sites.items():
             assert np.allclose(m.acts(tokens, layer, site)[row].numpy(), expected), (layer, site)
@@ -1346,6 +1475,134 @@ def test_causality():
     assert torch.equal(a[:, :7], b[:, :7]) and not torch.allclose(a[:, 7:], b[:, 7:])
 
 
+def write_safetensors(file, state):
+    header, raw = {"__metadata__": {"format": "pt"}}, b""
+    for name, t in state.items():
+        data = t.contiguous().numpy().tobytes()
+        place = [len(raw), len(raw) + len(data)]
+        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": place}
+        raw += data
+    head = json.dumps(header).encode()
+    file.write_bytes(len(head).to_bytes(8, "little") + head + raw)
+
+
+@pytest.fixture
+def huggingface(tmp_path, monkeypatch):
+    """-> a function that writes a folder as of a GPT-2 on Hugging Face, and gives its model. The
+    vocabulary of GPT-2 is replaced by one that needs no download."""
+    encoding = harvest.bpe_encoding(["ab", "abc"])
+    monkeypatch.setattr(harvest, "gpt2_encoding", lambda: encoding)
+    monkeypatch.setattr(harvest, "GPT2_TOKENS", encoding.n_vocab)
+
+    def write(kw={}, config={}, more={}, **sizes):
+        m = tiny_gpt2(dtype=F32, n_vocab=259, **sizes, **kw)
+        state = {f"transformer.{k}": v for k, v in m.state_dict().items()}
+        write_safetensors(tmp_path / "model.safetensors", state | more)
+        known = {"n_head": 3, "vocab_size": 259, "n_embd": 12, "n_layer": 3, "model_type": "gpt2"}
+        (tmp_path / "config.json").write_text(json.dumps(known | config))
+        return m
+
+    return write
+
+
+HONOURED = [("activation", "activation_function", "gelu"),
+            ("activation", "activation_function", "relu"), ("eps", "layer_norm_epsilon", 0.3),
+            ("scaled", "scale_attn_weights", False),
+            ("scaled_by_layer", "scale_attn_by_inverse_layer_idx", True)]
+
+
+@pytest.mark.parametrize("ours, theirs, value", HONOURED)
+def test_what_a_config_changes_is_honoured(huggingface, tmp_path, ours, theirs, value):
+    m = huggingface({ours: value}, {theirs: value})
+    tokens = torch.randint(259, (2, 12), generator=gen(0))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        loaded, encoding = harvest.load_model(path)
+        assert encoding.n_vocab == 259 and torch.allclose(loaded(tokens), m(tokens), atol=1e-5)
+        assert loaded.sha256 == m.sha256
+    huggingface({ours: value})  # the same, unsaid
+    plain_one = harvest.load_model(tmp_path)[0]
+    assert not torch.allclose(plain_one(tokens), m(tokens), atol=1e-5)
+    assert plain_one.sha256 != m.sha256
+
+
+@pytest.mark.parametrize("config, said", [
+    ({"activation_function": "gelu_fancy"}, "activation_function is gelu_fancy"),
+    ({"add_cross_attention": True}, "add_cross_attention is True"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+    ({"model_type": "gpt_neo"}, "model_type is gpt_neo"), ({"n_inner": 24}, "n_inner is 24"),
+    ({"vocab_size": 31}, "vocab_size is 31"), ({"n_positions": 24}, "n_positions is 24"),
+    ({"n_layer": 2}, "n_layer is 2"), ({"n_embd": 24}, "n_embd is 24"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"n_head": 5}, "5 heads"),
+    ({"auto_map": {"AutoModel": "x.py"}}, "auto_map"), ({"n_head": None}, "must give n_head")])
+def test_what_a_config_changes_is_refused_where_it_cannot_be_honoured(
+        huggingface, tmp_path, config, said):
+    huggingface(config=config)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(harvest.UserError, match=said):
+            harvest.load_model(path)
+
+
+def test_other_heads_vocabularies_and_tokenizers_are_seen(huggingface, tmp_path):
+    huggingface(more={"lm_head.weight": torch.ones(259, 12)})
+    with pytest.raises(harvest.UserError, match="lm_head is not its embedding"):
+        harvest.load_model(tmp_path)
+    huggingface()
+    ranks = harvest.gpt2_encoding()._mergeable_ranks
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {b: chr(b) for b in letters} | {
+        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)}
+    vocab = {"".join(letters[b] for b in token): i for token, i in ranks.items()}
+    vocab["<|endoftext|>"] = len(ranks)
+    for name, content in (("vocab.json", vocab), ("tokenizer.json", {"model": {"vocab": vocab}})):
+        (tmp_path / name).write_text(json.dumps(content))
+        harvest.load_model(tmp_path)
+        swapped = vocab | {"ab": vocab["abc"], "abc": vocab["ab"]}
+        for other in (swapped, dict(list(vocab.items())[:200]), {"x": 0}):
+            other = other if name == "vocab.json" else {"model": {"vocab": other}}
+            (tmp_path / name).write_text(json.dumps(other))
+            for path in (tmp_path, tmp_path / "model.safetensors"):
+                with pytest.raises(harvest.UserError, match="tokenizer .* is not GPT-2's"):
+                    harvest.load_model(path)
+        (tmp_path / name).unlink()
+    (tmp_path / "spiece.model").write_bytes(b"other")
+    with pytest.raises(harvest.UserError, match="is not GPT-2's"):
+        harvest.load_model(tmp_path)
+    (tmp_path / "spiece.model").unlink()
+    harvest.GPT2_TOKENS += 1
+    with pytest.raises(harvest.UserError, match="vocabulary has 259 tokens, its tokenizer 260"):
+        harvest.load_model(tmp_path)
+
+
+def test_shards_of_weights_prefixes_and_nanogpt_load(huggingface, tmp_path):
+    m, tokens = huggingface(), torch.randint(259, (2, 12), generator=gen(0))
+    same = lambda path: torch.allclose(harvest.load_model(path)[0](tokens), m(tokens), atol=1e-5)
+    state = {f"_orig_mod.module.transformer.{k}": v for k, v in m.state_dict().items()}
+    names, where = list(state), {}
+    for number, part in enumerate((names[:9], names[9:])):
+        file = f"model-0000{number}-of-00002.safetensors"
+        write_safetensors(tmp_path / file, {name: state[name] for name in part})
+        where |= dict.fromkeys(part, file)
+    (tmp_path / "model.safetensors").unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    assert same(tmp_path) and same(index)
+    (tmp_path / file).unlink()
+    with pytest.raises(harvest.UserError, match=f"no weights at .*{file}"):
+        harvest.load_model(tmp_path)
+    # nanoGPT: nn.Linear's way round, exact GELU, maybe no biases, its own names around the state
+    m = huggingface({"activation": "gelu"})
+    for name, p in m.named_parameters():
+        p.data.mul_(not name.endswith("bias"))
+    sides = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = {f"_orig_mod.transformer.{name}": w.T if name.endswith(sides) else w
+             for name, w in m.state_dict().items() if not name.endswith("bias")}
+    state["_orig_mod.lm_head.weight"] = m.wte.weight
+    (tmp_path / "nano").mkdir()
+    ckpt = {"model": state, "model_args": {"n_head": 3, "bias": False}, "iter_num": 5}
+    torch.save(ckpt, tmp_path / "nano/ckpt.pt")
+    assert same(tmp_path / "nano/ckpt.pt") and same(tmp_path / "nano")
+
+
 def test_published_state_dicts_load(tmp_path):
     m, tokens = tiny_gpt2(dtype=F32), torch.randint(31, (1, 12), generator=gen(0))
     state = m.state_dict()
@@ -1357,20 +1614,15 @@ def test_published_state_dicts_load(tmp_path):
     fresh.load_state_dict(published)
     assert torch.equal(fresh(tokens), m(tokens))
     # the same as safetensors, in a folder with a config.json
-    header, raw = {"__metadata__": {"format": "pt"}}, b""
-    for name, t in state.items():
-        data = t.numpy().tobytes()
-        place = [len(raw), len(raw) + len(data)]
-        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": place}
-        raw += data
-    head = json.dumps(header).encode()
     file = tmp_path / "model.safetensors"
-    file.write_bytes(len(head).to_bytes(8, "little") + head + raw)
+    write_safetensors(file, state | {"empty": torch.zeros(0, 3)})
     (tmp_path / "config.json").write_text('{"n_head": 3}')
     read = harvest.read_weights(tmp_path)
     assert read["config"] == {"n_head": 3}
     assert all(torch.equal(read["state"][k], v) for k, v in state.items())
-    file.write_bytes(file.read_bytes()[:-10])
+    file.write_bytes(file.read_bytes() + b"trailing")
+    assert torch.equal(harvest.read_weights(tmp_path)["state"]["wte.weight"], state["wte.weight"])
+    file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(harvest.UserError, match="not a readable weight file"):
         harvest.read_weights(tmp_path)
 
@@ -1382,7 +1634,7 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(harvest.urllib.request, "urlopen", lambda *a, **k: Answer(b"half"))
     with pytest.raises(harvest.UserError, match="got 4 of 100 bytes.*by hand"):
         harvest.download("https://example.org/x", tmp_path / "x")
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
 # ---------------------------------------------------------------------- text and the embedded model
@@ -1416,8 +1668,12 @@ def acts_dir(tmp_path_factory, model_file, text_file):
 
 
 def test_no_document_dominates_the_embedded_text():
-    sizes = [len(doc) for doc in harvest.documents("stdlib")]
-    assert len(sizes) > 300 and max(sizes) < 0.05 * sum(sizes)
+    docs = list(harvest.documents("stdlib"))
+    held_out = [doc for i, doc in enumerate(docs) if harvest.is_val(i)]
+    sizes = np.array([len(doc) for doc in held_out])
+    assert len(docs) > 1000 and sizes.max() < 0.03 * sizes.sum()
+    assert sizes.sum() ** 2 / (sizes**2).sum() > 60  # so many equal ones would be as good
+    assert not {*held_out} & {doc for i, doc in enumerate(docs) if not harvest.is_val(i)}
 
 
 def test_embedded_model(model_file):
@@ -1466,19 +1722,50 @@ def test_contexts_keep_every_token_in_order(docs, length):
     assert all(len(row) == length for row in rows)
 
 
+def stdin(text):
+    return io.TextIOWrapper(io.BytesIO(text.encode()))
+
+
 def test_text_sources(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one<|endoftext|>two")
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"text": "four"}\n')
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as f:
         f.write('{"text": "five"}\n')
     assert list(harvest.documents(tmp_path)) == ["one", "two", "three", "four", "five"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("six"))
+    monkeypatch.setattr(sys, "stdin", stdin("six"))
     assert list(harvest.documents("-")) == ["six"]
+    monkeypatch.setattr(sys, "stdin", stdin('{"text": "six"}\n\n{"text": "seven"}\n'))
+    assert list(harvest.documents("-")) == ["six", "seven"]
+    (tmp_path / "b.jsonl").write_text('\ufeff{"text": "three"}\n \n{"text": "four"}\n')
+    assert list(harvest.documents(tmp_path / "b.jsonl")) == ["three", "four"]
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"txt": "four"}\n')
     with pytest.raises(harvest.UserError, match="b.jsonl, line 2"):
         list(harvest.documents(tmp_path))
     with pytest.raises(harvest.UserError, match="no text at"):
         list(harvest.documents(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("name, raw, said", [
+    ("utf16.txt", "what is written here".encode("utf-16"), "utf16.txt is not text in UTF-8"),
+    ("latin.txt", ("déjà vu, très cher " * 20).encode("latin-1"), "latin.txt is not text"),
+    ("zip.txt", gzip.compress(b"what is written here" * 50), "zip.txt is not text"),
+    ("zip.jsonl", gzip.compress(b'{"text": "x"}' * 50), "zip.jsonl, line 1, is not text"),
+    ("zeros.jsonl", b'{"text": "x"}\n{"text": "' + bytes(50) + b'"}', "zeros.jsonl, line 2,"),
+    ("a.csv", b"text\nx", "a.csv is no .txt, .jsonl or .jsonl.gz file"),
+    ("a.txt.gz", gzip.compress(b"x" * 50), "a.txt.gz is no .txt")])
+def test_what_is_no_text_is_refused(tmp_path, name, raw, said):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(harvest.UserError, match=said):
+        list(harvest.documents(tmp_path / name))
+
+
+def test_a_folder_says_what_it_leaves_out_and_a_text_is_a_string(tmp_path, capsys):
+    for name in ("a.txt", "b.md", "c.pdf"):
+        (tmp_path / name).write_text("a short text, with one bad byte \ufffd in it")
+    assert len(list(harvest.documents(tmp_path))) == 1
+    assert "2 of 3 files are no .txt" in capsys.readouterr().err
+    with pytest.raises(harvest.UserError, match="a text is a string, this one is of type bytes"):
+        list(harvest.documents([b"x"]))
 
 
 @given(st.text(alphabet="ab \n", max_size=300), st.integers(1, 50))
@@ -1547,6 +1834,72 @@ def test_interrupted_harvest_continues(tmp_path, model_file, monkeypatch):
         assert (tmp_path / "whole" / f).read_bytes() == (tmp_path / "broken" / f).read_bytes()
 
 
+def test_a_harvest_is_known_by_the_content_of_its_model_and_text(tmp_path, model_file, monkeypatch):
+    monkeypatch.setattr(harvest, "SHARD", 8)
+    model, encoding = harvest.load_model(str(model_file))
+    again = lambda **kw: harvest.harvest(kw.get("model", model), encoding, kw.get("text", DOCS),
+                                         tmp_path / "acts", length=16)
+    whole = again()
+    assert again() == whole  # already complete
+    changed = harvest.load_model(str(model_file))[0]
+    changed.wte.weight[7] += 1
+    meta = tmp_path / "acts/meta.json"
+    for state in (True, False):  # complete, then interrupted
+        meta.write_text(json.dumps(whole | {"complete": state}))
+        with pytest.raises(harvest.UserError, match="another harvest .model_sha256: "):
+            again(model=changed)
+        with pytest.raises(harvest.UserError, match="another harvest .text_sha256: "):
+            again(text=DOCS[1:])
+        assert harvest.read_meta(tmp_path / "acts")["complete"] == state
+    changed.name = "moved"
+    changed.wte.weight[7] -= 1
+    changed.load_state_dict(model.state_dict())  # the same again, elsewhere
+    assert again(model=changed)["complete"]
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("one")
+    one, other = (harvest.text_sha256(str(tmp_path / name)) for name in ("a.txt", "b.txt"))
+    (tmp_path / "b.txt").write_text("two")
+    assert one == other != harvest.text_sha256(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize("few", [16 * 40, 16 * 45])  # full shards; a shorter last one
+def test_a_finished_harvest_goes_on_to_more_tokens(tmp_path, model_file, monkeypatch, few):
+    monkeypatch.setattr(harvest, "SHARD", 8)
+    model, encoding = harvest.load_model(str(model_file))
+    make = lambda name, tokens: harvest.harvest(model, encoding, DOCS, tmp_path / name, length=16,
+                                                tokens=tokens)
+    whole = make("whole", 16 * 70)
+    make("more", few)
+    kept = (tmp_path / "more/train/acts-00000.npy").stat().st_mtime_ns
+    assert make("more", 16 * 70) == whole
+    assert (tmp_path / "more/train/acts-00000.npy").stat().st_mtime_ns == kept
+    for file in (tmp_path / "whole").rglob("*.npy"):
+        there = tmp_path / "more" / file.relative_to(tmp_path / "whole")
+        assert there.read_bytes() == file.read_bytes()
+    assert harvest.more(0, 5) and not harvest.more(5, 0)
+    with pytest.raises(harvest.UserError, match="asked: 1120 there, 320 wanted"):
+        make("more", 320)
+
+
+def test_more_shards_than_a_process_may_open_files(tmp_path, acts_dir):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    acts = damaged(acts_dir, tmp_path)
+    tokens, x = (np.load(acts / f"train/{name}-00000.npy") for name in ("tokens", "acts"))
+    for i in range(100):
+        np.save(acts / f"train/tokens-{i:05d}.npy", tokens[i : i + 1])
+        np.save(acts / f"train/acts-{i:05d}.npy", x[i : i + 1])
+    meta = read_json(acts / "meta.json") | {"tokens": 100 * 16}
+    (acts / "meta.json").write_text(json.dumps(meta))
+    here = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 60
+    resource.setrlimit(resource.RLIMIT_NOFILE, (here + 20, before[1]))
+    try:
+        many = harvest.Acts(acts)
+        assert torch.equal(many[np.arange(100)][1], torch.from_numpy(x[:100]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 @given(st.integers(60, 300))
 @settings(max_examples=6)
 def test_asked_number_of_tokens(tmp_path_factory, model_file, contexts):
@@ -1559,9 +1912,13 @@ def test_asked_number_of_tokens(tmp_path_factory, model_file, contexts):
 @pytest.mark.parametrize("shuffled", [3, 4096])
 def test_batches_are_honest_and_resumable(acts_dir, monkeypatch, shuffled):
     monkeypatch.setattr(harvest, "BLOCK", shuffled)
+    monkeypatch.setattr(harvest, "KEEP", 5)
     acts = harvest.Acts(acts_dir)
-    everything = acts[np.arange(len(acts))][1].flatten(0, 1)
-    per_epoch, B = acts.n_tokens, 32
+    assert acts.kept.tolist() == list(range(4, len(acts), 5))
+    trained = np.setdiff1d(np.arange(len(acts)), acts.kept)
+    everything = acts[trained][1].flatten(0, 1)
+    per_epoch, B = acts.n_train, 32
+    assert per_epoch == trained.size * 16 < acts.n_tokens
     stream = acts.batches(B, seed=3)
     first = [next(stream) for _ in range(3 * per_epoch // B)]
     flat = torch.cat(first)
@@ -1597,9 +1954,12 @@ def test_streamed_batches(acts_dir, model_file, text_file):
     disk = harvest.Acts(acts_dir)[np.arange(8)][1].flatten(0, 1)  # the first block, ordered
     rows = lambda t: sorted(map(tuple, t.float().tolist()))
     assert np.allclose(rows(torch.cat(first)[:128]), rows(disk), atol=2e-2)
-    tokens, acts = stream.sample(64)
-    expected = harvest.Acts(acts_dir, "val")[np.arange(4)][0]
-    assert torch.equal(tokens, expected) and acts.shape == (4, 16, 16)
+    held_out = harvest.Acts(acts_dir, "val")
+    for skip in (0, 3):
+        tokens, acts, document = stream.sample(64, skip)
+        rows = np.arange(skip, skip + 4)
+        assert torch.equal(tokens, held_out[rows][0]) and acts.shape == (4, 16, 16)
+        assert document.tolist() == held_out.document[rows].tolist()
 
 
 # ---------------------------------------------------------------------------------- metrics
@@ -1641,6 +2001,60 @@ def test_reconstruction_by_hand():
     r = evals.reconstruction(m, torch.tensor([[3.0, 1.0], [1.0, 5.0]]))
     assert r["nmse"] == pytest.approx(0.625) and r["nmse_se"] == pytest.approx(0.375)
     assert r["l0"] == 0.5 and r["norm_ratio"] == pytest.approx(0.25)
+
+
+@given(seeds, st.integers(2, 9))
+def test_errors_are_over_documents(seed, G):
+    """A jackknife written out; and contexts that say the same thing do not make it smaller."""
+    C = 12
+    document = torch.cat([torch.arange(G), torch.randint(G, (C,), generator=gen(seed))])
+    top, bottom = randn(2, C + G, seed=seed).abs() + 0.5
+    out = evals.estimates(ratio=evals.leave_one_out(document, top, bottom))
+    assert out["ratio"] == pytest.approx((top.sum() / bottom.sum()).item())
+    without = [(top[document != g].sum() / bottom[document != g].sum()).item() for g in range(G)]
+    assert out["replicates"]["ratio"] == pytest.approx(without)
+    variance = (G - 1) / G * sum((v - np.mean(without)) ** 2 for v in without)
+    assert out["ratio_se"] == pytest.approx(math.sqrt(variance))
+    again = lambda v: v.repeat_interleave(5)
+    many = evals.estimates(ratio=evals.leave_one_out(again(document), again(top), again(bottom)))
+    assert many["ratio_se"] == pytest.approx(out["ratio_se"])
+    # each context its own document: the usual error of a mean
+    alone = evals.estimates(mean=evals.leave_one_out(None, top))
+    assert alone["mean_se"] == pytest.approx((top.std() / math.sqrt(len(top))).item())
+    assert math.isnan(evals.estimates(x=evals.leave_one_out(torch.zeros(5), top[:5]))["x_se"])
+
+
+def test_documents_are_told_apart_by_their_ends():
+    tokens = np.array([[1, 2, 9, 3], [4, 5, 6, 7], [9, 1, 9, 9], [8, 8, 8, 8]])
+    assert harvest.starts_in(tokens, 9).tolist() == [0, 1, 1, 4]
+
+
+def test_every_error_of_a_metric_is_over_documents(model_file, acts_dir):
+    """What is said of the same contexts thrice is no surer."""
+    model, _ = harvest.load_model(str(model_file))
+    acts = harvest.Acts(acts_dir, "val")
+    tokens, x, document = (torch.as_tensor(v) for v in (*acts[np.arange(8)], acts.document[:8] % 4))
+    m, site, x = make_sae(16, 40, 3, dtype=F32), evals.Site(model, *SITE), x.float()
+    of = {"reconstruction": lambda t, x, d: evals.reconstruction(m, x, document=d),
+          "positions": lambda t, x, d: evals.positions(m, x, d),
+          "downstream": lambda t, x, d: evals.downstream(m, site, t, document=d),
+          "refinement": lambda t, x, d: evals.refinement(m, x, document=d),
+          "fixed_threshold": lambda t, x, d: evals.fixed_threshold(m, site, t, x[:8], x, d),
+          "test_time_k": lambda t, x, d: evals.test_time_k(m, site, t, x, document=d),
+          "memorization": lambda t, x, d: evals.memorization(m, x[::2], x[1::2], d.roll(1)),
+          "explanation_reconstruction": lambda t, x, d: evals.explanation_reconstruction(
+              m, site, t, {}, t[:8], x[:8], document=d)}
+    for name, compute in of.items():
+        once = compute(tokens, x, document)
+        thrice = compute(tokens.repeat(3, 1), x.repeat(3, 1, 1), document.repeat(3))
+        errors = [key for key in once if key.endswith("_se") and not key.startswith("compute")]
+        assert errors or name == "compute", name
+        for key in errors if name != "memorization" else ():
+            assert thrice[key] == pytest.approx(once[key], rel=1e-3, abs=1e-9, nan_ok=True), key
+        counts = {np.shape(v)[-1] for v in once["replicates"].values()}
+        assert counts == {len(document.unique())}, name
+    sampled = evals.ablation_sparsity(m, site, tokens, T=4, samples=20, document=document)
+    assert len(sampled["replicates"]["channels"]) <= 4
 
 
 def test_density_by_hand():
@@ -1705,9 +2119,10 @@ def test_memorization_sees_overfitting():
     with torch.no_grad():  # one latent for each training vector
         m.W_dec.copy_(S.normalize(train[0])[0])
         m.W_enc.copy_(m.W_dec)
-    r = evals.memorization(m, train, held_out)
-    assert r["nmse_train"] < 1e-6
-    assert r["gap"] == pytest.approx(evals.reconstruction(m, held_out)["nmse"])
+    r = evals.memorization(m, train.repeat(20, 1, 1), held_out)
+    both = evals.reconstruction(m, torch.cat([train.repeat(20, 1, 1), held_out]))["nmse"]
+    assert r["nmse_train"] < 1e-6 and r["gap"] == r["nmse_kept"] - r["nmse_train"]
+    assert r["gap"] == pytest.approx(2 * both, rel=0.05)
 
 
 def test_histograms_count_the_latents_that_fire():
@@ -1845,6 +2260,24 @@ def test_probes_find_a_planted_latent():
         evals.probes(m, [])
 
 
+def test_a_probe_is_scored_on_examples_that_it_has_not_seen():
+    """Labels that are noise: whatever is found in one half, the other half knows nothing of it."""
+    d, N = 16, 128
+    u, m = randn(N, d, dtype=F32), make_sae(16, 512, 2, dtype=F32)
+    tasks = [(str(s), u, u, torch.randperm(N, generator=gen(s)) % 2) for s in range(6)]
+    r = evals.probes(m, tasks)
+    assert r["loss"] < math.log(2) - 0.04 and r["held_out"] > math.log(2)
+    name, x, u, y = tasks[0]
+    order = torch.randperm(N, generator=gen(0))
+    order = order[y[order].sort(stable=True).indices]
+    fit, rest = order[::2], order[1::2]
+    z = m.pre_acts(u)[:, r["per_task"][name]["latent"]["index"]].detach()
+    _, w, b = evals.newton_logistic(z[fit, None], y[fit])
+    p = torch.sigmoid(w * z[rest] + b)
+    loss = -torch.where(y[rest] == 1, p, 1 - p).log().mean()
+    assert r["per_task"][name]["latent"]["held_out"] == pytest.approx(loss.item(), rel=1e-4)
+
+
 def test_token_labels_by_hand():
     encoding = harvest.bpe_encoding([" a", "12", "No", "ok", " ok", "AB"])  # ids 256 ...
     space_a, digits, no, ok, space_ok, capitals = range(256, 262)
@@ -1921,6 +2354,16 @@ def test_n2g_wildcard():
 def test_n2g_anchored_start():
     e = explain_cases(lambda s: 1.0 * (s == [4]), [[4, 1]])
     assert e.patterns == [((evals.START, 4), 1.0)] and e.predict([4, 4]) == [1.0, 0]
+
+
+def test_patterns_can_be_read():
+    """Tokens that are parts of a character are joined where they make up one; else their bytes."""
+    encoding = harvest.bpe_encoding([" ab"])
+    e_acute, dash = list("é".encode()), list("—".encode())
+    assert evals.spell([256, *e_acute, *dash, 10], encoding) == [" ab", "é", "—", "\n"]
+    assert evals.spell([*dash[:2], 256, e_acute[1]], encoding) == ["\\xe2\\x80 ab", "\\xa9"]
+    patterns = [([evals.START, *e_acute, evals.WILDCARD, dash[0], evals.WILDCARD, 34], 2.0)]
+    assert evals.N2G(patterns).readable(encoding) == ['^ "é" * "\\xe2" * "\\""  (2.000)']
 
 
 def test_n2g_half_the_activation_is_enough():
@@ -2135,7 +2578,8 @@ def test_refinement_finds_a_planted_shrinkage():
     with torch.no_grad():
         m.W_dec[1] = m.W_dec[0]
         m.W_enc.copy_(m.W_dec)
-    assert all(math.isfinite(v) for v in evals.refinement(m, x).values())
+    found = evals.refinement(m, x)
+    assert all(math.isfinite(v) for v in found.values() if not isinstance(v, dict))
 
 
 # Scaling laws.
@@ -2236,7 +2680,7 @@ def test_metrics_do_not_depend_on_the_order_of_latents(model_file, acts_dir, see
     assert names - {"explanation_reconstruction"} == metrics.keys()
     for name, metric in metrics.items():
         a, b = metric(m), metric(p)
-        for key in a:
+        for key in a.keys() - {"replicates"}:
             exact = a[key] is None or isinstance(a[key], str)
             expected = b[key] if exact else pytest.approx(b[key], rel=1e-3, abs=1e-6, nan_ok=True)
             assert a[key] == expected, (name, key)
@@ -2275,15 +2719,16 @@ def run_dir(tmp_path_factory, acts_dir):
 
 def test_end_to_end_in_subprocesses(tmp_path, model_file, text_file):
     env = os.environ | {"SAE_CACHE": str(tmp_path / "cache")}
-    given = ["--acts", "acts", "--model", model_file, "--text", text_file]
-    steps = [
-        ["sae.py", *TINY, *given, "--out", "runs/x"],  # harvests by itself
-        ["evals.py", "runs/x", *CPU],
-    ]
-    for step in steps:
-        r = python(HERE / step[0], *map(str, step[1:]), cwd=tmp_path, env=env)
-        assert r.returncode == 0, r.stderr
-    assert "NMSE, held-out" in r.stdout and "ΔCE" in r.stdout and str(model_file) in r.stdout
+    env |= {"PYTHONIOENCODING": "ascii"}  # a terminal that lacks Δ
+    (tmp_path / "toy.pt").write_bytes(model_file.read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    given = ["--model", "toy.pt", "--text", text_file]
+    r = python(HERE / "sae.py", *TINY, *given, "--out", "runs/x", cwd=tmp_path, env=env)
+    assert r.returncode == 0, r.stderr  # it harvests by itself
+    r = python(HERE / "evals.py", "../runs/x", *CPU, cwd=tmp_path / "elsewhere", env=env)
+    assert r.returncode == 0, r.stderr
+    assert "NMSE, held-out" in r.stdout and "\\u0394CE" in r.stdout
+    assert f"{tmp_path}/toy.pt" in r.stdout
     out = tmp_path / "runs/x"
     results = read_json(out / "evals.json")
     assert 0 < results["reconstruction"]["nmse"] < 1.5 and results["reconstruction"]["l0"] <= 4
@@ -2354,7 +2799,7 @@ def test_all_metrics_from_the_command_line_and_only_what_is_missing(run_dir, cap
     out, results = capsys.readouterr().out, read_json(file)
     assert evals.METRICS.keys() <= results.keys()
     assert all(results[name] == before[name] for name in before)
-    for text in ("N2G recall", "ΔCE at k' = 16", "probe loss, best channel", "± ",
+    for text in ("N2G recall", "ΔCE at k' = 16", "probe loss, channel", "± ", " documents",
                  "at its own position alone", "CE of a bigram model", "latents explained"):
         assert text in out
     patterns = {int(i): e["patterns"] for i, e in read_json(n2g)["latents"].items()}
@@ -2371,6 +2816,89 @@ def test_all_metrics_from_the_command_line_and_only_what_is_missing(run_dir, cap
     evals.main([str(run_dir), *CPU, "--only", "density", "--json"])
     assert json.loads(capsys.readouterr().out)["density"] == results["density"]
     refuses(evals.main, [run_dir, "--only", "densty", *CPU], capsys, "no metric densty", "density")
+
+
+def test_two_runs_are_compared_document_by_document(tmp_path, run_dir, acts_dir, capsys):
+    for name in "ab":
+        shutil.copytree(run_dir, tmp_path / name)
+    sae = S.SAE.load(tmp_path / "b/sae.pt")
+    with torch.no_grad():
+        sae.W_enc += 0.02 * randn(*sae.W_enc.shape, dtype=F32)
+    sae.save(tmp_path / "b/sae.pt")
+    (tmp_path / "c").mkdir()
+    argv = [*CPU, "--only", "reconstruction,downstream,positions"]
+    code, err = run(evals.main, [tmp_path / "c", tmp_path / "a", *argv], capsys)
+    assert code == 2 and "no autoencoder at" in err and "1 of 2 could not be evaluated" in err
+    assert (tmp_path / "a/evals.json").exists()
+    evals.main([str(tmp_path / "a"), str(tmp_path / "b"), *argv])
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/b less {tmp_path}/a, paired by document" in out
+    line = [line for line in out.splitlines() if line.startswith("  NMSE, held-out")][-1].split()
+    difference, error = float(line[2]), float(line[4])
+    a, b = (read_json(tmp_path / name / "evals.json")["reconstruction"] for name in "ab")
+    assert difference == pytest.approx(b["nmse"] - a["nmse"], abs=1e-4)
+    rest = np.subtract(b["replicates"]["nmse"], a["replicates"]["nmse"])
+    assert error == pytest.approx(math.sqrt((len(rest) - 1) * np.var(rest)), abs=1e-4)
+    assert error < a["nmse_se"]  # what both find hard is no difference
+
+
+def test_results_are_printed_where_they_cannot_be_kept(run_dir, tmp_path, capsys, monkeypatch):
+    shutil.copytree(run_dir, tmp_path / "a")
+    (tmp_path / "a/evals.json").unlink(missing_ok=True)
+
+    def not_allowed(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(harvest, "write_json", not_allowed)
+    evals.main([str(tmp_path / "a"), *CPU, "--only", "reconstruction"])
+    out, err = capsys.readouterr()
+    assert "NMSE, held-out" in out and "not kept: " in err and "Permission denied" in err
+    monkeypatch.undo()
+    # what another process has written meanwhile stays
+    evals.main([str(tmp_path / "a"), *CPU, "--only", "reconstruction"])
+    case = evals.Case(str(tmp_path / "a"), SimpleNamespace(
+        **dict.fromkeys([o[0] for o in evals.OPTIONS]) | {"device": "cpu"}))
+    assert evals.known(case).keys() == {"about", "settings", "reconstruction"}
+    for name in ("evals.json", "n2g.json"):
+        (tmp_path / "a" / name).write_text('{"settings": ')
+    refuses(evals.main, [tmp_path / "a", *CPU], capsys, "a/evals.json is damaged", "move it away")
+
+
+def test_an_autoencoder_that_says_not_of_what_is_not_guessed(tmp_path, run_dir, acts_dir, capsys):
+    own = S.SAE.load(run_dir / "sae.pt")
+    own.meta = {}
+    own.save(tmp_path / "own.pt")
+    argv = [tmp_path / "own.pt", *CPU, "--only", "reconstruction"]
+    for given in ([], ["--model", "stdlib"], ["--layer", 2]):
+        refuses(evals.main, [*argv, *given], capsys, "does not say whose activations", "--acts")
+    assert run(evals.main, [*argv, "--acts", acts_dir], capsys)[0] == 0
+
+
+def test_a_model_or_text_that_has_changed_is_not_evaluated(
+        tmp_path, model_file, text_file, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(model_file, "toy.pt")
+    shutil.copy(text_file, "docs.jsonl")
+    given = ["--model", "toy.pt", "--text", "docs.jsonl", "--out", "r"]
+    code, err = run(S.main, [*TINY, *given], capsys)
+    assert code == 0, err
+    argv = ["r", *CPU, "--only", "reconstruction"]
+    for change, said in (("docs.jsonl", "text_sha256"), ("toy.pt", "model toy.pt has changed")):
+        file = tmp_path / change
+        before = file.read_bytes()
+        if change == "toy.pt":
+            saved = torch.load(file, weights_only=True)
+            saved["state"]["wte.weight"][3] += 1
+            torch.save(saved, file)
+            said = "toy.pt has changed since its activations"
+        else:
+            shutil.move("acts", "gone")  # so that text is run
+            file.write_bytes(before + b'{"text": "more"}\n')
+        refuses(evals.main, argv, capsys, said)
+        file.write_bytes(before)
+        if change != "toy.pt":
+            assert run(evals.main, argv, capsys)[0] == 0  # the text again
+            shutil.move("gone", "acts")
 
 
 def test_relu_baseline_from_the_command_line(tmp_path, acts_dir, capsys):
@@ -2734,7 +3262,7 @@ def test_impossible_options(tmp_path, capsys, acts_dir, run_dir):
     taken = [*TINY, "--acts", acts_dir, "--out", run_dir]
     refuses(S.main, taken, capsys, "already holds a run", "--resume")
     refuses(S.main, [*TINY, *out, "--model", "gpt2"], capsys,
-            "holds activations of", "another --acts")
+            "holds other activations (model: ", "another --acts")
     refuses(S.main, [*taken, "--resume", "--lr", 0.5], capsys, "another configuration", "lr")
 
 
@@ -2745,7 +3273,7 @@ def test_width_and_site_must_match(tmp_path, capsys, acts_dir, run_dir, model_fi
     argv = ["--model", str(model_file), "--text", str(text_file), "--ctx", "16", "--layer", "1"]
     harvest.main([*argv, "--out", str(other), *CPU])
     refuses(evals.main, [run_dir, "--acts", other, *CPU], capsys,
-            "trained on layer 2", "holds layer 1")
+            "layer: 1 there, 2 trained on")
 
 
 def test_streams_of_short_texts_end_with_a_reason(capsys, model_file, tmp_path, monkeypatch):
@@ -2754,7 +3282,7 @@ def test_streams_of_short_texts_end_with_a_reason(capsys, model_file, tmp_path, 
     base = [*TINY, "--stream", "--tokens", 1280, "--model", model_file, "--out", tmp_path / "r"]
     refuses(S.main, [*base, "--text", few], capsys, "too short", "no val context")
     # read once, used for both splits, again and again
-    monkeypatch.setattr(sys, "stdin", io.StringIO("<|endoftext|>".join(DOCS)))
+    monkeypatch.setattr(sys, "stdin", stdin("<|endoftext|>".join(DOCS)))
     code, err = run(S.main, [*base, "--text", "-"], capsys)
     assert code == 0 and read_json(tmp_path / "r/config.json")["acts"] == "", err
 
@@ -2765,10 +3293,75 @@ def test_a_small_harvest_waits_for_held_out_text(tmp_path, model_file):
     assert meta["tokens"] == 16 and meta["val_tokens"] > 0
 
 
+def test_arguments_are_looked_at_before_anything_is_loaded(tmp_path, capsys, monkeypatch, acts_dir):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(harvest, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
+    np.save("mine.npy", np.zeros((9, 4)))
+    Path("notes.md").write_text("mine")
+    no = "no activations at"
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(harvest, "pick_device", lambda name: device)
+        for acts, said in (("typo", no), ("mine.npy", no), (str(tmp_path), no)):
+            refuses(S.main, [*TINY[:6], "--acts", acts], capsys, said)
+        refuses(S.main, [*TINY[:6], "--stream", "--acts", acts_dir], capsys, "leave out --acts")
+        for given, said in ((["--text", "none.txt"], "no text at none.txt"),
+                            (["--site", "nose"], "unknown site 'nose'")):
+            refuses(S.main, [*TINY[:6], "--stream", *given], capsys, said)
+    monkeypatch.setattr(harvest, "pick_device", lambda name: "cpu")
+    S.SAE(16, 32, 2).save("x.pt")
+    refuses(evals.main, ["x.pt", "--acts", "typo"], capsys, no)
+    given = ["--model", "stdlib", "--layer", 1, "--text", "nowhere"]
+    refuses(evals.main, ["x.pt", *given], capsys, "no text at nowhere")
+    for given, said in ((["--text", "none.txt"], "no text at none.txt"),
+                        (["--text", "notes.md"], "notes.md is no .txt"),
+                        (["--site", "nose"], "unknown site 'nose'"),
+                        (["--batch", -1], "--batch -1"), (["--tokens", -5], "--tokens -5")):
+        refuses(harvest.main, [*given, "--model", "stdlib"], capsys, said)
+        if given[0] in ("--text", "--site"):
+            refuses(S.main, [*TINY, *given], capsys, said)
+    for given, said in ((["--layer", 1], "layer: 2 there, 1 asked"),
+                        (["--ctx", 32], "ctx: 16 there"),
+                        (["--site", "mlp_post_act"], "site: resid_post_mlp there"),
+                        (["--text", "notes.md"], "text: ")):
+        refuses(S.main, [*TINY, "--acts", acts_dir, *given], capsys, said, "leave out --")
+    for name in ("tokens", "contexts", "latents"):
+        refuses(evals.main, ["r", f"--{name}", 0], capsys, f"--{name} 0 must be at least 1")
+
+
+def test_streams_take_layer_site_and_context_and_resuming_needs_no_other_word(
+        tmp_path, model_file, text_file, capsys, monkeypatch):
+    argv = [*TINY, "--stream", "--tokens", 1280, "--model", model_file, "--text", text_file,
+            "--layer", 0, "--site", "mlp_post_act", "--ctx", 12, "--out", tmp_path / "r"]
+    code, err = run(S.main, argv, capsys)
+    assert code == 0, err
+    sae = S.SAE.load(tmp_path / "r/sae.pt")
+    where = {"layer": 0, "site": "mlp_post_act", "context": 12}
+    assert sae.d_model == 64 and {name: sae.meta[name] for name in where} == where
+    monkeypatch.chdir(tmp_path)
+    before = read_json(Path("r/config.json"))
+    assert run(S.main, ["--resume", "--out", "r", "--tokens", 2560], capsys)[0] == 0
+    assert read_log("r")[-1]["tokens"] == 2560
+    after = read_json(Path("r/config.json"))
+    assert {name for name in after if after[name] != before[name]} == {"out", "tokens", "resume"}
+    refuses(S.main, ["--resume", "--out", "r", "--k", 5], capsys, "k: 4 there, 5 now")
+    refuses(S.main, ["--resume", "--out", "r", "--layer", 1], capsys, "layer: 0 there, 1 now")
+
+
+def test_a_harvest_that_training_starts_has_its_options(tmp_path, model_file, text_file, capsys,
+                                                        monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY, "--tokens", 640, "--model", model_file, "--text", text_file, "--layer", 0,
+            "--ctx", 8, "--out", "r"]
+    code, err = run(S.main, argv, capsys)
+    assert code == 0, err
+    meta = harvest.read_meta("acts")
+    assert [meta[name] for name in ("layer", "context", "asked")] == [0, 8, 640]
+
+
 def test_training_completes_an_unfinished_harvest(
         tmp_path, model_file, text_file, monkeypatch, capsys):
-    argv = [*TINY, "--acts", tmp_path / "acts", "--model", model_file, "--text", text_file,
-            "--out", tmp_path / "r"]
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY, "--model", model_file, "--text", text_file, "--out", tmp_path / "r"]
     with monkeypatch.context() as patch:
         patch.setattr(harvest, "write_npy", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(S.main, argv, capsys)[0] == 130
@@ -2792,7 +3385,7 @@ def test_unusable_texts_weights_and_devices(tmp_path, capsys, model_file, run_di
     refuses(evals.main, [checkpoint, *CPU], capsys, "neither an autoencoder")
     for main, argv in ((S.main, TINY[:4]), (evals.main, [run_dir]), (harvest.main, base[:4])):
         refuses(main, [*argv, "--device", "abacus"], capsys, "no device abacus", "--device")
-    refuses(S.main, [*TINY, "--tokens", -500], capsys, "less than one batch")
+    refuses(S.main, [*TINY, "--tokens", -500], capsys, "--tokens -500")
     (tmp_path / "file").write_text("")
     refuses(S.main, [*TINY, "--acts", run_dir, "--out", tmp_path / "file"], capsys, "error")
 
@@ -2804,6 +3397,61 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, capsys, acts
     monkeypatch.setattr(torch, "save", full)
     refuses(S.main, [*TINY, "--acts", acts_dir, "--out", tmp_path / "r"], capsys, "no space left")
     assert not list((tmp_path / "r").glob("*.pt*"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_a_disk_that_is_really_full_is_recognised_wherever_it_shows(tmp_path, run_dir):
+    """torch raises a RuntimeError then, and numpy an OSError that does not say why."""
+    x = np.zeros((99, 999), np.float16)
+    writers = {"a": lambda p: S.save_atomic(p, {"x": torch.zeros(10**6)}),
+               "b": lambda p: S.save_atomic(p, "text" * 10**5),
+               "c": lambda p: harvest.write_npy(p, x),
+               "d": lambda p: harvest.write_json(p, {"x": 1}),
+               "e": lambda p: S.SAE(9, 99, 2).save(p),
+               "f": lambda p: evals.write_report(p, {"x": "y" * 10**6})}
+    for name, write in writers.items():
+        part = tmp_path / f"{name}.part"
+        part.symlink_to("/dev/full")
+        with pytest.raises(OSError) as e:
+            write(tmp_path / name)
+        assert e.value.errno == 28 and "no space left" in harvest.told(e.value)
+        assert not os.path.lexists(part) and not (tmp_path / name).exists()
+        write(tmp_path / name)
+    assert np.array_equal(np.load(tmp_path / "c"), x)
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, HERE / "evals.py", run_dir, *CPU, "--only", "reconstruction"]
+        r = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert r.returncode == 2 and r.stderr.splitlines()[-1].startswith("error: no space left")
+
+
+def test_a_small_disk_fills_in_the_middle_of_a_run_and_of_a_harvest(
+        tmp_path, model_file, text_file, acts_dir, capsys):
+    """On a file system of 1 MB, where this machine lets a test mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        base = ["--model", model_file, "--text", text_file, "--ctx", 16, "--tokens", 0, *CPU]
+        (disk / "filler").write_bytes(bytes(940_000))
+        refuses(harvest.main, [*base, "--out", disk / "acts"], capsys, "no space left", "is kept")
+        wide = [*TINY, "--n_latents", 128, "--acts", acts_dir, "--minutes", 0, "--out", disk / "r"]
+        refuses(S.main, wide, capsys, "no space left", "is kept")
+        assert not list(disk.rglob("*.part"))
+        (disk / "filler").unlink()
+        again = (harvest.main, [*base, "--out", disk / "acts"]), (S.main, [*wide, "--resume"])
+        for main, argv in again:
+            code, err = run(main, argv, capsys)
+            assert code == 0, err
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], capture_output=True)
+
+
+def test_what_is_the_programs_own_fault_is_no_line_for_its_user():
+    assert harvest.told(RuntimeError("shapes do not match")) is None
+    assert "not enough memory" in harvest.told(RuntimeError("can't allocate memory: 4 TB"))
+    assert harvest.told(FileNotFoundError(2, "No such file", "x")) == "error: x: No such file"
 
 
 @pytest.mark.skipif(not os.environ.get("SAE_LONG"),
