@@ -1403,12 +1403,12 @@ def load(path, device):
     out = path / "evals.json" if path.is_dir() else path.with_suffix(".evals.json")
     if not file.exists() and any(path.glob("checkpoint*")):
         raise UserError(f"{path} is not finished; continue it with: python sae.py --resume --out"
-                        f" {path} and the options it was started with")
+                        f" {path}")
     return Sparse.load(file, device), file, out
 
 def stamp(path):
     """A file as something that changes with it."""
-    return [str(path), path.stat().st_size, path.stat().st_mtime]
+    return [path.name, path.stat().st_size, path.stat().st_mtime]
 
 class Case:
     """One autoencoder with what its metrics need; a: the command line. What cannot be had in the

@@ -204,11 +204,14 @@ def write_npy(path, array):
 def read_json(path):
     """What `write_json` wrote; {} where there is no such file. Raises UserError for another."""
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError) as e:
+    except ValueError as e:
         raise UserError(f"{path} is damaged ({e}); move it away and run again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object; move it away and run again")
+    return found
 
 def sha256(parts):
     """Of bytes, one after another: 16 hexadecimal digits."""
@@ -420,9 +423,12 @@ def read_weights(path):
         names = [name + end for name in ("model.safetensors", "pytorch_model.bin")
                  for end in (".index.json", "")]
         files = [path / name for name in names] + sorted(path.glob("*.pt"))
-        files = [file for file in files if file.exists()][:1]
+        files = [file for file in files if file.exists()]
         if not files:
             raise UserError(f"{path} holds no model.safetensors, pytorch_model.bin or .pt file")
+        if files[0].suffix == ".pt" and len(files) > 1:
+            raise UserError(f"{path} holds {len(files)} .pt files; name the one that is meant")
+    files = files[:1]
     if files[0].name.endswith(".index.json"):
         files = sorted({folder / part for part in read_json(files[0])["weight_map"].values()})
     state = {}

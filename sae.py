@@ -1132,8 +1132,8 @@ def restore(saved, cfg, mesh=ALONE, source="the checkpoint"):
 def identity(meta, longer):
     """What of a run's meta must stay as it was: the content, not the name, of what has a hash. A
     run that goes on for longer may do so on more of the same activations."""
-    hashed = [name.removesuffix("_sha256") for name in meta if name.endswith("_sha256")]
-    free = (*hashed, "tokens_sha256") if longer else hashed
+    free = [name.removesuffix("_sha256") for name in meta if name.endswith("_sha256")]
+    free += ["chosen_on", "tokens_sha256"] if longer else ["chosen_on"]
     return {name: value for name, value in meta.items() if name not in free}
 
 def agree(there, here, message, remedy):
@@ -1336,7 +1336,9 @@ def parse_config(argv=None):
     given = {name: v for name in names if (v := getattr(a, name)) is not None and v is not False}
     cfg = Config(**given)
     cfg.out = cfg.out or default_out(cfg)
-    if cfg.resume and (before := read(Path(cfg.out) / "config.json")):
+    if cfg.resume and (before := read(file := Path(cfg.out) / "config.json")):
+        require(before.startswith("{") and before.endswith("}"), f"{file} is damaged; move it away "
+                "and give the options that the run was started with")
         kept = {name: v for name, v in json.loads(before).items() if name in names}
         cfg = Config(**kept | {"device": "", "resume": True} | given)
     return a, cfg
