@@ -915,16 +915,15 @@ def claim(out, want):
     check_free(out)
     found = read_meta(out) if (out / "meta.json").exists() else {}
     if found and any(out.rglob("*.npy")):
-        want = {"model": found["model"], "text": found["text"]} | want
         names = [k for k in want if k not in ("model", "text", "asked")]  # these by their sha256
         differs = [k for k in names if found.get(k) != want[k]]
-        if found["asked"] != want["asked"] and not more(want["asked"], found["asked"]):
-            differs.append("asked")
-        if differs:
+        same = found.get("asked") == want["asked"]
+        if differs or not (same or more(want["asked"], found.get("asked", 0))):
+            differs = differs or ["asked"]
             told = "; ".join(f"{k}: {found.get(k)} there, {want[k]} wanted" for k in differs)
             advice = "remove it or choose another --out"
             raise UserError(f"{out} holds another harvest ({told}); {advice}")
-        if found["complete"] and found["asked"] == want["asked"]:
+        if found["complete"] and same:
             return found
     meta = want | {"complete": False, "tokens": 0, "val_tokens": 0}
     write_json(out / "meta.json", meta)

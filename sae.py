@@ -68,13 +68,13 @@ def normalize(x):
 
 def random_directions(rows, n, d, block=65536):
     """Rows `rows` (a range) of n random unit vectors (n, d), the same whichever are asked for."""
-    seed, out = torch.randint(2**40, ()).item(), torch.empty(len(rows), d)
-    for start in range(rows.start // block * block, rows.stop, block):
-        gen = torch.Generator().manual_seed(seed + start // block)
-        drawn = torch.randn(min(block, n - start), d, generator=gen)
-        own = range(max(start, rows.start), min(start + block, rows.stop))
-        out[own.start - rows.start :][: len(own)] = drawn[own.start - start :][: len(own)]
-    return F.normalize(out, dim=1)
+    torch.empty(len(rows), d)  # where there is no room for them, this says so at once
+    seed = torch.randint(2**40, ()).item()
+    blocks = range(rows.start // block, -(-rows.stop // block))
+    gens = [torch.Generator().manual_seed(seed + b) for b in blocks]
+    drawn = [torch.randn(min(block, n - b * block), d, generator=g) for b, g in zip(blocks, gens)]
+    skip = rows.start % block
+    return F.normalize(torch.cat(drawn)[skip : skip + len(rows)], dim=1)
 
 class SAE(nn.Module):
     """TopK autoencoder, section 2.3: W_enc (n, d), b_enc (n), W_dec (n, d) of unit rows, b_pre (d).
