@@ -318,37 +318,46 @@ def downstream(sae, site, tokens, mean=None, document=None):
 # --------------------------------------------------------------------------------------------------
 # Shrinkage, section 5.1: with decoder and support fixed, are the encoder's activations the best?
 
-def nnls(G, h, z0, sweeps=100):
+def nnls(G, h, z0, sweeps=20):
     """Batched argmin over z >= 0 of z'Gz / 2 - h'z, G (B, k, k) positive definite, h, z0 (B, k) ->
     z (B, k). Block principal pivoting (Kim and Park 2011): all coordinates of the wrong sign change
-    sides at once; where that stops helping, only the last. Rows not done after so many sweeps (k
-    near or above G's rank) go downhill from z0 one coordinate at a time."""
-    B, k = h.shape
+    sides at once. Rows not done after so many sweeps (k near or above G's rank) go downhill from z0
+    by Lawson and Hanson's active set (1974), which ends."""
+    k = h.shape[1]
     eye = torch.eye(k).to(h)
-    tol = 1e-10 * (1 + h.abs().amax(1, keepdim=True))
-    z, free = z0.clone(), h > 0
-    left = torch.arange(B, device=h.device)
-    fewest = torch.full((B,), k + 1, device=h.device)
-    patience = torch.full((B,), 3, device=h.device)
-    for _ in range(sweeps):
-        on, G_, h_ = free[left], G[left], h[left]
+    tol = 1e-10 * (h.abs() + z0).amax(1, keepdim=True)
+    z, free, left = z0.clone(), h > 0, torch.arange(len(h), device=h.device)
+    def solve(on):
+        G_, h_ = G[left], h[left]
         inside = torch.where(on[:, :, None] & on[:, None, :], G_, eye)
-        z_ = torch.linalg.solve(inside, (h_ * on)[:, :, None])[:, :, 0]
-        slope = (G_ @ z_[:, :, None])[:, :, 0] - h_
-        wrong = torch.where(on, z_, slope) < -tol[left]
-        count = wrong.sum(1)
-        z[left[count == 0]] = z_[count == 0].clamp_min(0)
-        patience[left] = torch.where(count < fewest[left], 3, patience[left] - 1)
-        fewest[left] = torch.minimum(count, fewest[left])
-        last = wrong & (wrong.flip(1).cumsum(1).flip(1) == 1)
-        free[left] = on ^ torch.where((patience[left] > 0)[:, None], wrong, last)
-        left = left[count > 0]
+        best = torch.linalg.solve(inside, (h_ * on)[:, :, None])
+        return best[:, :, 0], (G_ @ best)[:, :, 0] - h_
+    for _ in range(sweeps):
+        on = free[left]
+        best, slope = solve(on)
+        wrong = torch.where(on, best, slope) < -tol[left]
+        free[left] = on ^ wrong
+        done = ~wrong.any(1)
+        z[left[done]] = best[done].clamp_min(0)
+        left = left[~done]
         if not len(left):
             return z
-    for _ in range(500):
-        for j in range(k):
-            slope = (G[left, j] * z[left]).sum(1) - h[left, j]
-            z[left, j] = (z[left, j] - slope / G[left, j, j]).clamp_min(0)
+    free[left] = z[left] > 0
+    for _ in range(30 * k):
+        on, now = free[left], z[left]
+        best, slope = solve(on)
+        share = torch.where(best < 0, now / (now - best), 1)  # of the way on which z stays >= 0
+        step = share.amin(1, keepdim=True)
+        on &= (best >= 0) | (share > step)
+        z[left] = torch.where(on, (now + step * (best - now)).clamp_min(0), 0)
+        steepest, j = torch.where(on, 0, slope).min(1)
+        arrived = step[:, 0] == 1
+        enters = arrived & (steepest < -tol[left, 0])
+        on[enters, j[enters]] = True
+        free[left] = on
+        left = left[~arrived | enters]
+        if not len(left):
+            break
     return z
 
 def refit(W, v, z, ridge):

@@ -2555,6 +2555,20 @@ def test_nnls_against_every_support(k, B, seed, correlated):
         assert value(z[b], b) <= best + 1e-8 * (1 + abs(best))
 
 
+@pytest.mark.parametrize("scale", [1, 1e-3])
+def test_nnls_is_exact_above_the_rank(scale):
+    # slope >= 0 and slope'z = 0 make z optimal; what is missing from that bounds the excess
+    B, k, d = 8, 120, 64
+    W, v = F.normalize(randn(B, k, d), dim=2), scale * randn(B, d, seed=1)
+    h = (W @ v[:, :, None])[:, :, 0]
+    z0 = h.clamp_min(1e-3 * scale)
+    G, h = W @ W.mT + 1e-9 * torch.eye(k, dtype=W.dtype), h + 1e-9 * z0
+    z = evals.nnls(G, h, z0)
+    slope = (G @ z[:, :, None])[:, :, 0] - h
+    gap = (slope * z).sum(1).abs() + (-slope).amax(1).clamp_min(0) * 2 * z.sum(1)
+    assert (z >= 0).all() and (gap < 1e-7 * v.square().sum(1)).all()
+
+
 @pytest.mark.parametrize("d, n, k", [(8, 60, 20), (16, 64, 32), (6, 30, 6)])
 def test_refinement_never_makes_it_worse(d, n, k):
     # more active latents than dimensions: many supports are as good, and pivoting alone may not end
