@@ -1037,75 +1037,90 @@ def ablation_sparsity(sae, site, tokens, T=16, samples=64, directions=32, seed=0
 LAW = ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")  # the parameters of L(n, k)
 BRIEF = ("path", "n_latents", "k", "tokens", "nmse")  # what is shown of a run
 
-def levenberg_marquardt(model, theta):
-    """Least squares from one start. model: θ (p) -> r (R), Jacobian (R, p). -> θ, r, J."""
-    damping = 1e-3
-    r, J = model(theta)
+def levenberg_marquardt(model, theta, keep):
+    """Least squares from B starts at once, each of the rows where its keep (B, R) is 1. model: θ
+    (B, p), keep -> r (B, R), Jacobian (B, R, p), 0 in other rows. -> θ, sums of squares (B)."""
+    theta, damping, left = theta.copy(), np.full(len(theta), 1e-3), np.arange(len(theta))
+    r, J = model(theta, keep)
     for _ in range(500):
-        A = J.T @ J
-        damped = A + damping * np.diag(np.diag(A) + 1e-12)
-        new = theta + np.linalg.lstsq(damped, -J.T @ r, rcond=None)[0]
+        size = np.sqrt((J[left] ** 2).sum(1)) + 1e-12
+        S = J[left] / size[:, None]
+        damped = S.transpose(0, 2, 1) @ S + damping[left, None, None] * np.eye(theta.shape[1])
+        step = np.linalg.solve(damped, S.transpose(0, 2, 1) @ r[left][:, :, None])[:, :, 0] / size
         with np.errstate(over="ignore", invalid="ignore"):
-            r_new, J_new = model(new)
-        if r_new @ r_new < r @ r:
-            gained = 1 - r_new @ r_new / (r @ r)
-            theta, r, J = new, r_new, J_new
-            damping = max(damping / 5, 1e-15)
-            if gained < 1e-12 or r @ r < 1e-28:
-                break
-        elif (damping := damping * 4) > 1e12:
+            new = theta[left] - step
+            r_new, J_new = model(new, keep[left])
+            before, after = (r[left] ** 2).sum(1), (r_new**2).sum(1)
+        better = after < before
+        at = left[better]
+        theta[at], r[at], J[at] = new[better], r_new[better], J_new[better]
+        damping[left] = np.where(better, np.maximum(damping[left] / 5, 1e-12), damping[left] * 4)
+        done = (after > (1 - 1e-12) * before) | (after < 1e-28)
+        left = left[~np.where(better, done, damping[left] > 1e12)]
+        if not len(left):
             break
-    return theta, r, J
+    return theta, (r**2).sum(1)
 
-def fit_exponentials(terms, loss, seed=0):
-    """Least squares of ln loss (R) by ln Σ_j exp(terms[j] @ θ_j), terms[j] (R, p_j), many starts ->
-    all θ, standard errors (nan without spare runs), R² of ln loss, residual sum of squares."""
+def jackknife(without):
+    """Standard error from estimates (G, ...), each without one of G groups (Efron 1981)."""
+    return without.std(0) * math.sqrt(len(without) - 1)
+
+def leave_out(model, starts, groups):
+    """θ without each of the G groups (G, p). starts (many, p): the first is the θ of all points;
+    groups (R): alike for points that err together. All nan with no more groups than parameters, or
+    if noise of 1e-6 would move one of these by 1: the others then hold for a vanished term only."""
+    names, (many, p) = np.unique(groups), starts.shape
+    J = model(starts[:1], 1)[1][0]
+    if len(names) <= p or np.linalg.svd(J, compute_uv=False)[-1] < 1e-6:
+        return np.full((len(names), p), np.nan)
+    keep = np.repeat(groups != names[:, None], many, 0)
+    found, rss = levenberg_marquardt(model, np.tile(starts, (len(names), 1)), keep)
+    best = rss.reshape(-1, many).argmin(1)
+    return found.reshape(-1, many, p)[np.arange(len(names)), best]
+
+def fit_exponentials(terms, loss, groups, seed=0):
+    """Least squares of ln loss (R) by ln Σ_j exp(terms[j] @ θ_j), two terms (R, p_j), many starts
+    -> all θ (p), residual sum of squares, θ without each of the G groups (G, p)."""
     y, rng = np.log(loss), np.random.default_rng(seed)
-    cuts = np.cumsum([X.shape[1] for X in terms])[:-1]
-    def model(theta):
-        parts = np.stack([X @ t for X, t in zip(terms, np.split(theta, cuts))])  # (terms, R)
+    def model(theta, keep):
+        halves = np.split(theta, [terms[0].shape[1]], 1)
+        parts = np.stack([t @ X.T for X, t in zip(terms, halves)])  # (terms, B, R)
         top = parts.max(0)
         total = top + np.log(np.exp(parts - top).sum(0))
-        slopes = [X * np.exp(p - total)[:, None] for X, p in zip(terms, parts)]
-        return total - y, np.concatenate(slopes, 1)
-    solve = lambda X, target: np.linalg.lstsq(X, target, rcond=None)[0]
-    fits = []
-    for share in np.repeat([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98], 8) if len(terms) > 1 else [0.0]:
-        # A start: the second term is a constant floor, the first explains what is left above it.
-        floor = share * loss.min()
-        others = [solve(X, np.full(len(y), math.log(floor))) for X in terms[1:]]
-        start = np.concatenate([solve(terms[0], np.log(loss - floor)), *others])
-        if share:
-            start = start + 0.1 * rng.standard_normal(len(start)) * np.abs(start)
-        fits.append(levenberg_marquardt(model, start))
-    theta, r, J = min(fits, key=lambda fit: fit[1] @ fit[1])
-    rss, spare = float(r @ r), len(y) - len(theta)
-    errors = np.full(len(theta), np.nan)
-    if spare > 0:
-        with np.errstate(invalid="ignore"):  # nan for a parameter that the runs do not determine
-            errors = np.sqrt(np.diag(np.linalg.pinv(J.T @ J)) * rss / spare)
-    size = np.sqrt((J * J).sum(0))
-    errors[size < 1e-9 * size.max()] = np.nan  # a vanished term: the loss says nothing about it
-    return theta, errors, 1 - rss / max(float(((y - y.mean()) ** 2).sum()), 1e-300), rss
+        slopes = [X * (keep * np.exp(p - total))[:, :, None] for X, p in zip(terms, parts)]
+        return (total - y) * keep, np.concatenate(slopes, 2)
+    # A start: the second term is a constant floor, the first explains what is left above it.
+    floors = np.repeat([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98], 8) * loss.min()
+    targets = np.log(loss[:, None] - floors), np.log(np.tile(floors, (len(y), 1)))
+    pairs = zip(terms, targets)
+    starts = np.concatenate([np.linalg.lstsq(X, t, rcond=None)[0] for X, t in pairs]).T
+    starts = starts + 0.1 * rng.standard_normal(starts.shape) * np.abs(starts)
+    found, rss = levenberg_marquardt(model, starts, np.ones((len(starts), len(y))))
+    best = rss.argmin()
+    few = np.concatenate([found[[best]], found[::8]])
+    return found[best], float(rss[best]), leave_out(model, few, groups)
 
-def fit_law(names, terms, loss):
-    """A sum of exponentials fitted to loss (R): parameters by `names`, errors, `fitted`, r2 and
-    rmse of ln loss; these also `_without` further terms, delta_aic (AICc) > 0 where they are
-    needed."""
-    R = len(loss)
-    theta, errors, r2, rss = fit_exponentials(terms, loss)
-    _, _, r2_without, rss_without = fit_exponentials(terms[:1], loss)
+def fit_law(names, terms, loss, groups=None):
+    """A sum of two exponentials fitted to loss (R): parameters by `names`, errors, `fitted`, r2 and
+    rmse of ln loss; these also `_without` the second, delta_aic (AICc) > 0 where it is needed. ->
+    these, parameters without each group (G, p): see `leave_out`."""
+    R, y = len(loss), np.log(loss)
+    groups = np.arange(R) if groups is None else groups
+    theta, rss, without = fit_exponentials(terms, loss, groups)
+    first = np.linalg.lstsq(terms[0], y, rcond=None)[0]
+    rss_without = float(((terms[0] @ first - y) ** 2).sum())
+    r2 = lambda rss: 1 - rss / max(float(((y - y.mean()) ** 2).sum()), 1e-300)
     def aicc(rss, p):
         spare = R - p - 1
         return R * math.log(max(rss, 1e-300)) + 2 * p * R / spare if spare > 0 else math.nan
-    cuts = np.cumsum([X.shape[1] for X in terms])
-    fitted = sum(np.exp(X @ t) for X, t in zip(terms, np.split(theta, cuts)))
+    halves = np.split(theta, [len(first)])
+    fitted = sum(np.exp(X @ t) for X, t in zip(terms, halves))
     out = dict(zip(names, theta.tolist()))
-    out |= {name + "_se": error for name, error in zip(names, errors.tolist())}
-    delta_aic = aicc(rss_without, cuts[0] + 1) - aicc(rss, cuts[-1] + 1)  # + 1: the variance
-    return out | {"fitted": fitted.tolist(), "r2": r2, "rmse": math.sqrt(rss / R),
-                  "r2_without": r2_without, "rmse_without": math.sqrt(rss_without / R),
-                  "delta_aic": delta_aic, "runs": R}
+    out |= {name + "_se": error for name, error in zip(names, jackknife(without).tolist())}
+    delta_aic = aicc(rss_without, len(first) + 1) - aicc(rss, len(theta) + 1)  # + 1: the variance
+    return out | {"fitted": fitted.tolist(), "r2": r2(rss), "rmse": math.sqrt(rss / R),
+                  "r2_without": r2(rss_without), "rmse_without": math.sqrt(rss_without / R),
+                  "delta_aic": delta_aic, "runs": R}, without
 
 def fit_scaling_law(runs):
     """L(n, k) = exp(α + β_k ln k + β_n ln n + γ ln k ln n) + exp(ζ + η ln k) through runs (dicts
@@ -1116,23 +1131,24 @@ def fit_scaling_law(runs):
     if len(runs) < len(LAW):
         why = f"has {len(LAW)} parameters, and there are {len(runs)} runs"
     elif len(set(k)) < 2 or len(set(n)) < 3:
-        here = f"k {sorted(set(k))} and n {sorted(set(n))}"
+        k, n = (sorted({r[key] for r in runs}) for key in ("k", "n_latents"))
+        here = f"k {k} and n {n}"
         why = f"needs at least two k and three n; here are {here}"
     if why:
         raise UserError(f"L(n, k) {why}; nothing is fitted")
     one, lk, ln = np.ones(len(k)), np.log(k), np.log(n)
-    return fit_law(LAW, [np.stack([one, lk, ln, lk * ln], 1), np.stack([one, lk], 1)], loss)
+    return fit_law(LAW, [np.stack([one, lk, ln, lk * ln], 1), np.stack([one, lk], 1)], loss)[0]
 
-def fit_power_law(x, loss):
-    """L = exp(a + b ln x) + exp(c): L(N) with x = n, L(C) with x = compute in FLOPs. -> a, b, floor
-    = exp(c), errors, r2, r2_without. Raises UserError for fewer points than parameters."""
+def fit_power_law(x, loss, groups=None):
+    """L = exp(a + b ln x) + exp(c): L(N) with x = n, L(C) with x = compute in FLOPs. groups: what
+    points came from the same run, each its own by default. -> a, b, floor = exp(c), errors, r2,
+    r2_without. Raises UserError for fewer points than parameters."""
     if (points := len(set(x))) < 3:
         raise UserError("a power law with a floor has 3 parameters, and there are"
                         f" {points} points; nothing is fitted")
     terms = [np.stack([np.ones(len(x)), np.log(np.array(x, float))], 1), np.ones((len(x), 1))]
-    fit = fit_law(("a", "b", "c"), terms, np.array(loss, float))
-    fit["floor"] = math.exp(fit["c"])
-    fit["floor_se"] = fit["floor"] * fit["c_se"]
+    fit, without = fit_law(("a", "b", "c"), terms, np.array(loss, float), groups)
+    fit["floor"], fit["floor_se"] = math.exp(fit["c"]), float(jackknife(np.exp(without[:, 2])))
     return pick(fit, "a", "a_se", "b", "b_se", "floor", "floor_se", "r2", "r2_without", "runs")
 
 def read_lines(path):
@@ -1190,14 +1206,15 @@ def fit_main(paths):
     sizes = lambda k: len({run["n_latents"] for run in runs if run["k"] == k})
     k = max((run["k"] for run in runs), key=lambda k: (sizes(k), k), default=0)
     same = [run for run in runs if run["k"] == k]
+    curves = [(*point, i) for i, run in enumerate(same) for point in run["curve"]]
     frontier = []
-    for flops, nmse in sorted(point for run in same for point in run["curve"]):
-        if not frontier or nmse < frontier[-1][1]:
-            frontier.append((flops, nmse))
-    of_n = [(run["n_latents"], run["nmse"]) for run in same]
+    for point in sorted(curves):
+        if not frontier or point[1] < frontier[-1][1]:
+            frontier.append(point)
+    of_n = [(run["n_latents"], run["nmse"], i) for i, run in enumerate(same)]
     for name, points in (("L(N)", of_n), ("L(C)", frontier)):
         try:
-            fit = out[f"{name}, k = {k}"] = fit_power_law(*np.array(points).reshape(-1, 2).T)
+            fit = out[f"{name}, k = {k}"] = fit_power_law(*np.array(points).reshape(-1, 3).T)
             print(f"{name} at k = {k}: exp({pm(fit, 'a')}) x^({pm(fit, 'b')}) + {pm(fit, 'floor')};"
                   " R² {r2:.5f}, without the floor {r2_without:.5f}; {runs} points".format(**fit))
         except UserError as e:

@@ -2623,6 +2623,40 @@ def test_scaling_law_recovers_planted_constants(planted, noise):
     assert fit["delta_aic"] > 10 and fit["runs"] == 105
 
 
+def test_standard_errors_of_the_scaling_law_cover_the_truth():
+    rng, covered = np.random.default_rng(1), []
+    for _ in range(12):
+        runs = [{"n_latents": 2**i, "k": 2**j,
+                 "nmse": law(STEEP, 2**i, 2**j) * math.exp(0.03 * rng.standard_normal())}
+                for i in range(9, 14) for j in range(2, 6)]
+        fit = evals.fit_scaling_law(runs)
+        covered += [abs(fit[name] - STEEP[name]) <= fit[name + "_se"] for name in STEEP
+                    if math.isfinite(fit[name + "_se"])]
+    assert 0.6 < np.mean(covered) < 0.9 and len(covered) > 50
+
+
+def test_standard_errors_of_a_power_law_take_a_curve_as_one():
+    rng, covered = np.random.default_rng(0), {True: [], False: []}
+    x, curve = np.logspace(0, 3, 30), np.repeat(np.arange(5), 6)
+    for _ in range(25):
+        loss = (0.04 + 0.5 * x**-0.5) * np.exp(0.01 * rng.standard_normal(5))[curve]
+        for together in covered:
+            fit = evals.fit_power_law(x, loss, curve if together else None)
+            covered[together] += [abs(fit["b"] + 0.5) <= fit["b_se"],
+                                  abs(fit["floor"] - 0.04) <= fit["floor_se"]]
+    assert 0.5 <= np.mean(covered[True]) <= 0.8 and np.mean(covered[False]) < 0.4
+
+
+def test_no_standard_error_of_what_the_runs_do_not_determine():
+    # what is special at one k alone leaves only zeta + eta ln k of the second term
+    rng, runs = np.random.default_rng(1), []
+    for n, k in itertools.product((256, 512, 1024, 2048), (4, 8, 16)):
+        nmse = (n * k) ** -0.2 * math.exp(0.002 * rng.standard_normal()) + 0.02 * (k == 16)
+        runs.append({"n_latents": n, "k": k, "nmse": nmse})
+    fit = evals.fit_scaling_law(runs)
+    assert all(math.isnan(fit[name + "_se"]) for name in evals.LAW)
+
+
 def test_scaling_law_does_not_need_what_is_not_there():
     nmse = lambda n, k: math.exp(0.3 - 0.2 * math.log(n) - 0.1 * math.log(k))
     runs = [{"n_latents": n, "k": k, "nmse": nmse(n, k)}
@@ -2639,7 +2673,7 @@ def test_scaling_law_refuses_too_few_runs():
     runs = [{"n_latents": 2**i, "k": 8 if i % 2 else 16, "nmse": 0.1} for i in range(5)]
     with pytest.raises(harvest.UserError, match="6 parameters, and there are 5 runs"):
         evals.fit_scaling_law(runs)
-    with pytest.raises(harvest.UserError, match="two k"):
+    with pytest.raises(harvest.UserError, match=r"two k .* k \[8\] and n \[1, 2, .* 256\];"):
         evals.fit_scaling_law([{"n_latents": 2**i, "k": 8, "nmse": 1 / (i + 1)} for i in range(9)])
     with pytest.raises(harvest.UserError, match="3 parameters"):
         evals.fit_power_law([1, 2], [0.5, 0.4])
@@ -2983,6 +3017,9 @@ def test_fit_from_the_command_line(tmp_path, run_dir, capsys):
     assert all(fit[name] == pytest.approx(value, abs=1e-3) for name, value in STEEP.items())
     assert "no finished run" in err
     assert "L(N) at k = 16" in out and "L(C) at k = 16" in out and "R²" in out
+    evals.main(["--fit", "--json", *map(str, runs[:9])])  # three curves of three points
+    out = capsys.readouterr().out
+    assert math.isnan(json.loads(out[out.index("\n{") :])["L(C), k = 16"]["b_se"])
     evals.main(["--fit", *map(str, runs[:4])])
     assert "6 parameters, and there are 4 runs; nothing is fitted" in capsys.readouterr().out
     refuses(evals.main, ["--fit", *runs, fake(32, 4, 0.5, model="new")], capsys, "different models")
