@@ -114,17 +114,19 @@ def leave_one_out(document, top, bottom=None):
     top, bottom = torch.cat([sums.sum(0)[None], sums.sum(0) - sums]).T
     return top / bottom
 
-def jackknife(rest):
-    """Estimates without each document in turn (G) -> their standard error; nan for one."""
-    rest = torch.as_tensor(rest, dtype=torch.float64)
-    G = len(rest)
-    return ((G - 1) / G * (rest - rest.mean()).square().sum()).sqrt().item() if G > 1 else math.nan
+def jackknife(without):
+    """Estimates (G, ...), each without one of G groups -> standard error (Efron 1981); nan for
+    one."""
+    without = np.asarray(without, float)
+    with np.errstate(invalid="ignore"):  # of infinite ones
+        error = without.std(0) * math.sqrt(len(without) - 1)
+    return error if len(without) > 1 else error * math.nan
 
 def estimates(**values):
     """{name: any function of what `leave_one_out` gave} -> {name, name_se: over documents}; and
     `replicates`, the estimates without each of them, with which two results can be compared."""
     out = {name: v[0].item() for name, v in values.items()}
-    out |= {name + "_se": jackknife(v[1:]) for name, v in values.items()}
+    out |= {name + "_se": float(jackknife(v[1:])) for name, v in values.items()}
     return out | {"replicates": {name: v[1:].tolist() for name, v in values.items()}}
 
 def joined(a, b):
@@ -1061,10 +1063,6 @@ def levenberg_marquardt(model, theta, keep):
             break
     return theta, (r**2).sum(1)
 
-def jackknife(without):
-    """Standard error from estimates (G, ...), each without one of G groups (Efron 1981)."""
-    return without.std(0) * math.sqrt(len(without) - 1)
-
 def leave_out(model, starts, groups):
     """θ without each of the G groups (G, p). starts (many, p): the first is the θ of all points;
     groups (R): alike for points that err together. All nan with no more groups than parameters, or
@@ -1104,6 +1102,8 @@ def fit_law(names, terms, loss, groups=None):
     """A sum of two exponentials fitted to loss (R): parameters by `names`, errors, `fitted`, r2 and
     rmse of ln loss; these also `_without` the second, delta_aic (AICc) > 0 where it is needed. ->
     these, parameters without each group (G, p): see `leave_out`."""
+    if not (loss > 0).all():
+        raise UserError(f"an NMSE of {loss.min():g} has no logarithm; nothing is fitted")
     R, y = len(loss), np.log(loss)
     groups = np.arange(R) if groups is None else groups
     theta, rss, without = fit_exponentials(terms, loss, groups)

@@ -68,7 +68,6 @@ def normalize(x):
 
 def random_directions(rows, n, d, block=65536):
     """Rows `rows` (a range) of n random unit vectors (n, d), the same whichever are asked for."""
-    torch.empty(len(rows), d)  # where there is no room for them, this says so at once
     seed = torch.randint(2**40, ()).item()
     blocks = range(rows.start // block, -(-rows.stop // block))
     gens = [torch.Generator().manual_seed(seed + b) for b in blocks]
@@ -960,6 +959,7 @@ class Run:
         c = (u - u.mean(0)).square().mean().item()
         require(math.isfinite(c), "NaN or Inf in the first activations")
         require(c > 0, "all these activations are alike; there is nothing to reconstruct")
+        torch.empty(len(mesh.part(cfg.n_latents)), u.shape[1])  # if there is no room, now
         with torch.random.fork_rng([]):
             torch.manual_seed(cfg.seed)
             sae = mesh.sae(u.shape[1], cfg.n_latents, cfg.k).to(cfg.device)
