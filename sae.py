@@ -230,9 +230,12 @@ def plain(x):
             return os.fspath(v)
         if getattr(v, "size", None) == 1 or getattr(v, "shape", None) == ():
             return v.item()  # a number of numpy or torch
-        raise ValueError(f"{v!r:.60} cannot be saved; give numbers, texts, lists or dicts")
+        raise TypeError(f"{v!r:.60} is none of them")
 
-    return json.loads(json.dumps(x, default=as_data))
+    try:
+        return json.loads(json.dumps(x, default=as_data))
+    except TypeError as e:
+        raise ValueError(f"only numbers, texts, lists and dicts can be saved: {e}") from None
 
 def save_atomic(path, obj):
     """Save a text, or else by torch.save: `path` is whole in the end, or as it was."""
@@ -1139,7 +1142,8 @@ def identity(meta, longer):
 def agree(there, here, message, remedy):
     """Raises ValueError, with what differs, if `here` has anything otherwise than `there`."""
     pairs = ((name, there.get(name), value) for name, value in here.items())
-    differs = "; ".join(f"{name}: {a} there, {b} now" for name, a, b in pairs if a != b)
+    differs = "; ".join(f"{name}: {a} there, {b} now" for name, a, b in pairs
+                        if json.dumps(a) != json.dumps(b))  # NaN is itself there
     require(not differs, f"{message} ({differs}); {remedy}")
 
 def show(line):

@@ -622,19 +622,20 @@ def test_k_equal_n_is_a_relu_autoencoder():
 def test_only_data_is_saved_and_all_of_it_can_be_loaded(tmp_path):
     """What torch.load would refuse is made plain, or refused before anything is trained."""
     meta = {"path": tmp_path, "n": np.int64(3), "loss": np.float32(0.5),
-            "list": (1, torch.ones(()))}
+            "list": (1, torch.ones(())), "unknown": math.nan, 7: "number"}
     cfg = dataclasses.replace(tiny_config(tmp_path), out=tmp_path / "run", lr=np.float32(2**-9))
     S.train(cfg, planted_batches, meta=meta)
     saved = S.SAE.load(tmp_path / "run/sae.pt").meta
-    assert [saved[name] for name in meta] == [str(tmp_path), 3, 0.5, [1, 1.0]]
+    assert [saved[name] for name in [*meta][:4]] == [str(tmp_path), 3, 0.5, [1, 1.0]]
+    assert math.isnan(saved["unknown"]) and saved["7"] == "number"
     S.train(dataclasses.replace(cfg, resume=True), planted_batches, meta=meta)
-    for bad in (datetime.date.today(), torch.ones(3), S):
-        with pytest.raises(ValueError, match="cannot be saved; give numbers"):
+    for bad in (datetime.date.today(), torch.ones(3), S, {(1, 2): 3}):
+        with pytest.raises(ValueError, match="only numbers, texts, lists and dicts can be saved"):
             S.train(tiny_config(tmp_path / "bad"), planted_batches, meta={"x": bad})
     assert not (tmp_path / "bad").exists()
     sae = S.SAE(4, 8, 2)
     sae.meta = {"x": {1, 2}}
-    with pytest.raises(ValueError, match="cannot be saved"):
+    with pytest.raises(ValueError, match="can be saved: {1, 2} is none of them"):
         sae.save(tmp_path / "x.pt")
     S.SAE(4, 8, 2).double().save(tmp_path / "x.pt")
     assert S.SAE.load(tmp_path / "x.pt").W_dec.dtype == torch.float64
