@@ -165,7 +165,7 @@ def reconstruction(sae, x, code=None, document=None):
     """Raw x (N, d) or (contexts, T, d) -> nmse (squared error over that of always predicting the
     mean, both normalised), l0 (active latents a token), norm_ratio (of reconstruction over input).
     code: u -> (values, indices), or sae.encode. document: as in `leave_one_out`."""
-    x = x.reshape(len(x), -1, sae.d_model)
+    x = x.reshape(len(x), -1, x.shape[-1])
     of = partial(leave_one_out, document)
     errors, ratios, active = (v.mean(1) for v in squared_errors(sae, x, code))
     nmse = of(errors, spread(sae, x).mean(1))
@@ -201,6 +201,7 @@ def latent_sums(sae, x):
 def density(sae, x, rare=1e-4):
     """Fractions of latents that never fire on x (N, d), or on fewer than `rare` of its tokens; and
     histograms over those that fire, of log10 of E[1(z > 0)] and E[z^2]."""
+    x = x.flatten(0, -2)
     share, mean_square = (sums / len(x) for sums in latent_sums(sae, x))
     fraction = lambda which: which.double().mean().item()
     out = {"silent": fraction(share == 0), "rare": fraction(share < rare)}
@@ -631,7 +632,8 @@ def read_tasks(folder):
     tasks = {}
     for file in files:
         texts, labels = [], []
-        for number, line in enumerate(file.read_text("utf-8", "replace").split("\n"), 1):
+        text = file.read_text("utf-8-sig", "replace").split("\n")
+        for number, line in enumerate(harvest.legible(text, file), 1):
             if not line.strip():
                 continue
             at = f"{file}, line {number}:"
@@ -928,7 +930,8 @@ def prediction_scales(sae, explanations, tokens, x):
     key = latent * tokens.numel() + token
     at = torch.searchsorted(active, key).clamp_max(max(len(active) - 1, 0))
     a = torch.where(active[at] == key, a[at], 0.0) if len(active) else torch.zeros_like(s)
-    sums = torch.zeros(2, sae.n_latents).index_add_(1, latent, torch.stack([s * a, s * s]))
+    products = torch.stack([s * a, s * s]).float()
+    sums = torch.zeros(2, sae.n_latents).index_add_(1, latent, products)
     return sums[0] / sums[1].clamp_min(1e-30)
 
 @metric(lambda c: explanation_reconstruction(c.sae, c.site, c.chosen, c.explanations,
@@ -1155,20 +1158,22 @@ def read_lines(path):
     """A log of JSON lines as a list of dicts, without one that a crash has cut short; empty where
     there is none."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
         with suppress(ValueError):
             lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 @cache
 def read_runs(paths):
     """Run directories -> dicts: n_latents, k, nmse, where, curve [(FLOPs, held-out NMSE)]."""
     runs = []
-    for path in map(Path, paths):
-        if not (path / "sae.pt").exists():
-            print(f"  {path}: no finished run, left out", file=sys.stderr)
+    for path in dict.fromkeys(Path(path).resolve() for path in paths):
+        try:
+            own = load_file(path / "sae.pt").get("sae", {})
+        except ValueError as e:
+            why = e if (path / "sae.pt").exists() else "no finished run"
+            print(f"  {path}: {why}, left out", file=sys.stderr)
             continue
-        own = load_file(path / "sae.pt").get("sae", {})
         meta = own.get("meta", {})
         config = meta.get("config", {})
         score = min(meta.get("nmse", {}).values(), default=math.nan)
@@ -1179,12 +1184,14 @@ def read_runs(paths):
         flops = 6 * own["d_model"] * own["n_latents"]  # a token, dense, as the appendix counts
         lines = [line for line in read_lines(path / "log.jsonl") if "val_nmse" in line]
         curve = [(flops * line["tokens"], line["val_nmse"]) for line in lines]
-        where = {name: meta.get(name) for name in (*PLACE, *HASHES)}
+        where = {name: meta.get(name + "_sha256", meta.get(name)) for name in PLACE}
         runs.append({"path": str(path), "tokens": meta["tokens"], "nmse": score, "curve": curve,
                      "where": where} | pick(own, "n_latents", "k"))
     if len(kinds := sorted({str(run["where"]) for run in runs})) > 1:
         raise UserError("these runs are of different models, layers, sites or texts; fit one kind"
                         f" at a time: {'; '.join(kinds)}")
+    if not runs:
+        raise UserError("there is no finished TopK run among these")
     return runs
 
 def fit_main(paths):
@@ -1436,6 +1443,11 @@ def stamp(path):
     """A file as something that changes with it."""
     return [path.name, path.stat().st_size, path.stat().st_mtime]
 
+def changed(there, known):
+    """What is not as `known`, where an autoencoder was trained, in the meta `there`."""
+    pairs = ((name, there[name], value) for name, value in known.items())
+    return "; ".join(f"{name}: {a} there, {b} trained on" for name, a, b in pairs if a != b)
+
 class Case:
     """One autoencoder with what its metrics need; a: the command line. What cannot be had in the
     constructor ends the evaluation; what only some metrics need is made, or missed, by them."""
@@ -1450,6 +1462,8 @@ class Case:
         self.texts = a.probes and read_tasks(a.probes)
         self.probes = a.probes and list(map(stamp, sorted(Path(a.probes).glob("*.jsonl"))))
         self.sae, file, self.out = load(run, self.device)
+        if not all(p.isfinite().all() for p in self.sae.parameters()):
+            raise UserError(f"{run} has weights that are NaN or infinite")
         self.config = self.sae.meta.get("config", {})
         held_out, self.train, model, self.encoding = self.source()
         self.where = where = held_out.meta
@@ -1481,11 +1495,11 @@ class Case:
         acts = a.acts or self.config.get("acts")
         if a.acts or acts and harvest.is_harvested(acts):
             held_out, train = harvest.Acts(acts, "val"), harvest.Acts(acts, "train")
-            differs = self.differs(train.meta, known, asked)
-            if not differs:
+            told = changed(train.meta, known) or harvest.differs(train.meta, asked)
+            if not told:
                 return held_out, train, *self.load_model(train.meta)
             if a.acts:
-                raise UserError(f"{acts} holds other activations ({differs}); give other --acts")
+                raise UserError(f"{acts} holds other activations ({told}); give other --acts")
         if (text := asked.get("text") or meta.get("text")) == "-" and not a.text:
             raise UserError(f"{self.run} was trained on standard input; give --text or --acts")
         harvest.check_options(text, site := asked.get("site") or meta.get("site", SITES[3]))
@@ -1493,19 +1507,10 @@ class Case:
         text = text or harvest.default_text(model)
         layer = asked.get("layer", meta.get("layer"))
         stream = harvest.Stream(model, encoding, text, layer, site, meta.get("context"))
-        if differs := self.differs(stream.meta, known, {}):
-            raise UserError(f"{self.run} was trained on what is no longer there ({differs}); give"
-                            " the --model and --text to evaluate on")
+        if told := changed(stream.meta, known):
+            raise UserError(f"{self.run} was trained on what is no longer there ({told}); give the"
+                            " --model and --text to evaluate on")
         return stream, None, model, encoding
-
-    def differs(self, there, known, asked):
-        """What of a place and of names that are asked for is not as in the meta `there`."""
-        names = {name: (value, str(Path(str(value)).resolve())) for name, value in asked.items()}
-        return "; ".join(
-            [f"{name}: {there[name]} there, {v} trained on" for name, v in known.items()
-             if there[name] != v] +
-            [f"{name}: {there[name]} there, {asked[name]} asked for" for name, v in names.items()
-             if there[name] not in v])
 
     def load_model(self, meta):
         """The model of a harvest or run. Raises UserError if it is not the same any more."""
@@ -1567,12 +1572,14 @@ class Case:
         keep(path, {"settings": key, "latents": latents})
         return found
 
-def keep(path, results):
-    """Write results, if that is allowed here: they are printed in any case."""
+def keep(path, results, case=None):
+    """Write results, beside what else is known of a case: if that is allowed here, they are printed
+    in any case."""
     try:
-        harvest.write_json(path, results)
-    except PermissionError as e:
-        print(f"  not kept: {e.filename}: {e.strerror}", file=sys.stderr)
+        with harvest.hold(path.parent, wait=True, name=f".{path.name}-lock"):
+            harvest.write_json(path, (known(case) if case else {}) | results)
+    except OSError as e:
+        print(f"  {path} is not written: {e.strerror}", file=sys.stderr)
 
 def cells(name, result):
     """A result -> (label, value, standard error, unit, sample, why no value) of each line."""
@@ -1624,7 +1631,7 @@ def evaluate(run, wanted, a):
         if not a.json:
             print("\n".join(table(name, results[name])), flush=True)
         if name in fresh:
-            keep(out, known(case) | fresh)  # another process may have written others
+            keep(out, fresh, case)
     if a.json:
         print(json.dumps(results, indent=1))
     if a.report:
@@ -1638,16 +1645,18 @@ def known(case):
     same = results.get("settings") == case.settings
     return results if same else {"about": case.about, "settings": case.settings}
 
-def differences(a, b):
+def differences(a, b, wanted):
     """Lines of the table: b less a, of two results on the same text, and the standard error of the
     difference, which is less than what their own errors say."""
     if a["settings"]["text"] != b["settings"]["text"]:
         return ["  not on the same text: no differences"]
     lines = []
-    for name in [name for name in METRICS if name in a and name in b]:
+    same = lambda name: name in a and name in b and a[name]["asked"] == b[name]["asked"]
+    for name in filter(same, wanted):
         for key, label, *_ in METRICS[name].rows:
             one, other = (np.array(r[name].get("replicates", {}).get(key, [])) for r in (a, b))
-            if one.ndim == 1 and one.size and one.shape == other.shape:
+            alike = one.ndim == 1 and one.size and one.shape == other.shape
+            if alike and np.isfinite([one, other]).all():
                 value = b[name][key] - a[name][key]
                 lines.append(f"  {label:<40}{value:10.4f} ± {jackknife(other - one):.4f}")
     return lines
@@ -1702,7 +1711,7 @@ def main(argv=None):
     first, *others = results
     for run in others if not a.json else ():
         print(f"{run} less {first}, paired by document")
-        print("\n".join(differences(results[first], results[run])))
+        print("\n".join(differences(results[first], results[run], wanted)))
     if len(results) < len(a.runs):
         raise UserError(f"{len(a.runs) - len(results)} of {len(a.runs)} could not be evaluated")
 

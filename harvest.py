@@ -69,11 +69,11 @@ class UserError(ValueError):
 
 def run_main(main):
     """Run a script's main(); what its user can put right is one line (SAE_DEBUG=1: traceback)."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # not those that are closed
         stream.reconfigure(errors="backslashreplace")  # a terminal may lack û
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except (ValueError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
         message = told(e)
         if os.environ.get("SAE_DEBUG") or message is None:
@@ -81,7 +81,7 @@ def run_main(main):
         with contextlib.suppress(OSError):
             say(message)
         try:
-            sys.stdout.flush()
+            print(end="", flush=True)
         except OSError:  # the interpreter would try once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(130 if isinstance(e, KeyboardInterrupt) else 2)
@@ -140,25 +140,25 @@ class Progress:
 def pick_device(name=""):
     """No name -> cuda if there, else cpu; a name is checked. Raises UserError."""
     here = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    if name and not name.startswith(here):
+    if name and name.split(":")[0] not in here:
         raise UserError(f"no device {name} here; use --device {' or '.join(here)}")
     return name or here[0]
 
 HELD = set()  # the folders that this process holds
 
 @contextlib.contextmanager
-def hold(folder):
+def hold(folder, wait=False, name=".lock"):
     """Keep other processes from writing into a folder, made if need be: by a lock that ends with
-    the process. Raises UserError, naming the holder, if another has it."""
-    path = Path(folder).resolve()
+    the process. If another has it: `wait`, or UserError, which names the holder."""
+    path = Path(folder).resolve() / name
     if path in HELD:
         yield
         return
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / ".lock", "a+") as lock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as lock:
         try:
             import fcntl  # which Windows does not have
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             lock.seek(0)
             who = lock.read().strip() or "another process"
@@ -179,7 +179,7 @@ def hold(folder):
 @contextlib.contextmanager
 def atomic(path, mode="wb"):
     """Yield an open file that becomes `path` once it is whole and on the disk, or not at all."""
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -283,7 +283,7 @@ class GPT2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.name, self.curve = "gpt2-random", []
+        self.name, self.curve, self.vocabulary = "gpt2-random", [], ""
         self.wte = nn.Embedding(config.n_vocab, config.d_model)
         self.wpe = nn.Embedding(config.n_ctx, config.d_model)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -322,16 +322,16 @@ class GPT2(nn.Module):
         if not 0 <= layer < c.n_layer:
             raise UserError(f"{self.name} has no layer {layer}; choose 0 to {c.n_layer - 1}")
         if not 2 <= length <= c.n_ctx:
-            has = f"{self.name} has only {c.n_ctx} positions"
-            raise UserError(f"--ctx {length}: {has}; choose 2 to {c.n_ctx}")
+            raise UserError(f"--ctx {length}: {self.name} takes contexts of 2 to {c.n_ctx} tokens")
         where = {"layer": layer, "site": site, "d_model": d, "context": length}
         return {"model": self.name, "model_sha256": self.sha256} | where
 
     @functools.cached_property
     def sha256(self):
-        """Of all that it computes with: configuration and weights."""
+        """Of all that it computes with: configuration, vocabulary if it has its own, weights."""
         weights = (w.detach().cpu().contiguous().numpy() for w in self.state_dict().values())
-        return sha256([str(self.config).encode(), *(w.data for w in weights)])
+        said = f"{self.config} {self.vocabulary}"
+        return sha256([said.encode(), *(w.data for w in weights)])
 
     def load_state_dict(self, state, *args, **kwargs):
         """Takes published ones: see `plain_names`, and a tied `lm_head.weight`."""
@@ -367,7 +367,10 @@ def download(url, path):
     if path.exists():
         return path
     try:
-        with hold(path.parent), urllib.request.urlopen(url, timeout=10) as r, atomic(path) as f:
+        with hold(path.parent, wait=True), urllib.request.urlopen(url, timeout=10) as r, \
+                atomic(path) as f:
+            if path.exists():  # another process has it by now
+                return path
             size = int(r.headers["Content-Length"] or 0)
             progress = Progress(size, path.name, " bytes")
             while some := r.read(2**20):
@@ -437,7 +440,8 @@ def read_weights(path):
     if "merges" in state:
         return state
     if "model_args" in state:  # nanoGPT's; its blocks have torch's own GELU
-        config = {"n_head": state["model_args"]["n_head"], "activation_function": "gelu"}
+        config = {"n_head": state["model_args"]["n_head"], "activation_function": "gelu",
+                  "bias": state["model_args"].get("bias", True)}
         return {"state": state["model"], "config": config}
     config = read_json(folder / "config.json")
     check_tokenizer(folder)
@@ -447,13 +451,15 @@ def check_tokenizer(folder):
     """Raises UserError for a tokenizer, beside the weights, that is not GPT-2's."""
     vocab = read_json(folder / "vocab.json")
     vocab = vocab or read_json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
-    if any((folder / name).exists() for name in ("tokenizer.model", "spiece.model", "vocab.txt")):
-        vocab = vocab or {"?": 0}
+    kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class") or "GPT2Tokenizer"
+    others = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+    if not kind.startswith("GPT2Tok") or any((folder / name).exists() for name in others):
+        vocab = {"?": 0}
     if not vocab:
         return
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as OpenAI's encoder.py has it
-    others = [b for b in range(256) if b not in printed]
-    byte_of = {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}
+    rest = [b for b in range(256) if b not in printed]
+    byte_of = {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(rest)}
     ranks = gpt2_encoding()._mergeable_ranks
     of = lambda token: ranks.get(bytes(byte_of.get(c, 0) for c in token))
     wrong = sum(i < len(ranks) and of(token) != i for token, i in dict(vocab).items())
@@ -461,10 +467,13 @@ def check_tokenizer(folder):
         raise UserError(f"the tokenizer in {folder} is not GPT-2's; only models with GPT-2's "
                         "vocabulary can be read")
 
+ALIASES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "n_ctx": "n_positions",
+           "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}
+
 def gpt2_config(state, known):
     """The configuration of weights (state, by GPT-2's own names) and of a config.json, `known`.
     Raises ValueError for whatever GPT2 would compute otherwise."""
-    known = {name: value for name, value in known.items() if value is not None}
+    known = {ALIASES.get(name, name): v for name, v in known.items() if v is not None}
     n_vocab, d = state["wte.weight"].shape
     sizes = {"vocab_size": n_vocab, "n_positions": len(state["wpe.weight"]), "n_embd": d,
              "n_layer": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("h.")),
@@ -480,6 +489,11 @@ def gpt2_config(state, known):
     if activation not in ACTIVATIONS:
         raise ValueError(f"its activation_function is {activation}; known are "
                          f"{', '.join(ACTIVATIONS)}")
+    kinds = {"layer_norm_epsilon": float, "scale_attn_weights": bool, "n_head": int,
+             "scale_attn_by_inverse_layer_idx": bool}
+    for name, kind in kinds.items():
+        if type(known.get(name, kind())) is not kind or not known.get(name, 1) >= 0:
+            raise ValueError(f"its {name} is {known[name]!r}")
     n_head = known.get("n_head") or {768: 12, 1024: 16, 1280: 20, 1600: 25}.get(d, 0)
     if n_head < 1 or d % n_head:
         raise ValueError(f"{n_head or 'no'} heads for a width of {d}; a config.json beside the "
@@ -494,6 +508,8 @@ def gpt2_from(state, config, least=0):
     state = plain_names(state)
     if "wte.weight" not in state:
         raise ValueError("it has no wte.weight")
+    if odd := [name for name, w in state.items() if not w.is_floating_point()]:
+        raise ValueError(f"its {odd[0]} is of type {state[odd[0]].dtype}")
     state = {name: w.float() for name, w in state.items()}
     d = state["wte.weight"].shape[1]
     if state["h.0.attn.c_attn.weight"].shape[0] == 3 * d:  # nn.Linear's way round, as nanoGPT's
@@ -503,9 +519,9 @@ def gpt2_from(state, config, least=0):
         raise ValueError(f"its vocabulary has {size:,} tokens, its tokenizer {least:,}")
     own = config if "d_model" in config else asdict(gpt2_config(state, config))
     model = GPT2(GPT2Config(**own))
-    biases = {name: w for name, w in model.state_dict().items() if name.endswith("bias")}
-    if not biases.keys() & state.keys():  # nanoGPT's may go without any
-        state |= {name: torch.zeros_like(w) for name, w in biases.items()}
+    if config.get("bias") is False:  # nanoGPT's
+        biases = {name: w for name, w in model.state_dict().items() if name.endswith("bias")}
+        state = {name: torch.zeros_like(w) for name, w in biases.items()} | state
     model.load_state_dict(state)
     return model
 
@@ -529,22 +545,26 @@ def load_model(name_or_path="auto", device="cpu", needs_text=False):
     path, name = Path(name_or_path), str(name_or_path)
     if name == "stdlib":
         path = CACHE / f"stdlib-{platform.python_version()}-v{FORMAT}.pt"
-        if not path.exists():
-            train_stdlib(path, device)
+        with contextlib.nullcontext() if path.exists() else hold(path.parent, wait=True):
+            if not path.exists():
+                train_stdlib(path, device)
     elif name in PUBLISHED:
         path = download(WEIGHTS.format(name), CACHE / f"{name}.safetensors")
     else:
         name = str(path.resolve())  # to be found from any directory
-    saved = read_weights(path)
-    merges = saved.get("merges")
     try:
+        saved = read_weights(path)
+        merges = saved.get("merges")
         tokens = GPT2_TOKENS if merges is None else 257 + len(merges)
         model = gpt2_from(saved["state"], saved["config"], tokens)
+    except UserError:
+        raise
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:160]
         kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
         raise UserError(f"{path} holds no GPT-2 that can be read here: {kind}{reason}") from e
     model.name, model.curve = name, saved.get("curve", [])
+    model.vocabulary = str(merges or "")
     encoding = gpt2_encoding() if merges is None else bpe_encoding(merges)
     return model.to(device).eval().requires_grad_(False), encoding
 
@@ -572,10 +592,19 @@ def documents(source):
     if source == "stdlib":
         return library()
     if source == "-":
+        if sys.stdin is None:
+            raise UserError("standard input is closed; --text takes a path too")
         text = sys.stdin.buffer.read().decode("utf-8-sig", "replace").replace("\r\n", "\n")
-        lines = text.splitlines() if text.lstrip().startswith('{"') else []
-        return parse_jsonl(lines, "standard input") if lines else split_file(text, "standard input")
+        lines, where = text.strip().split("\n"), "standard input"
+        as_json = is_json(lines[0]) or is_json(text)
+        return parse_jsonl(lines, where) if as_json else legible(split_text(text), where)
     return itertools.chain.from_iterable(map(read_text, text_files(source)))
+
+def is_json(text):
+    try:
+        return isinstance(json.loads(text), (dict, list))
+    except ValueError:
+        return False
 
 def as_text(doc):
     if not isinstance(doc, str):
@@ -599,26 +628,26 @@ def text_files(source):
     if not path.exists():
         takes = f"a {kinds}, a folder of them, -, webtext or stdlib"
         raise UserError(f"no text at {path}; --text takes {takes}")
-    if not path.name.endswith(KINDS):
+    if not path.is_file() or not path.name.endswith(KINDS):
         raise UserError(f"{path} is no {kinds}; convert it, or rename it if it is one")
     return [path]
 
 def read_text(path):
     """Yield the documents of a file, one of KINDS. Raises UserError."""
     if path.name.endswith(".txt"):
-        return split_file(path.read_text(encoding="utf-8-sig", errors="replace"), path)
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        return legible(split_text(text), path)
     return read_jsonl(path)
 
-def legible(text, where):
-    """The same text. Raises UserError if some of it was not text in UTF-8."""
-    bad = text.count("\ufffd") + text.count("\0")
-    if bad > 3 + len(text) / 300:
-        raise UserError(f"{where} is not text in UTF-8: {bad} of {len(text):,} characters cannot "
-                        "be read; convert it, as with iconv -t UTF-8")
-    return text
-
-def split_file(text, where):
-    return (legible(doc, where) for doc in split_text(text))
+def legible(texts, where):
+    """Yield the same texts. Raises UserError if too much of them was not text in UTF-8."""
+    bad = size = 0
+    for text in texts:
+        bad, size = bad + text.count("\ufffd") + text.count("\0"), size + len(text)
+        if bad > 3 + size / 300:
+            raise UserError(f"{where} is not text in UTF-8: {bad} of its first {size:,} characters "
+                            "cannot be read; convert it, as with iconv -t UTF-8")
+        yield text
 
 def library():
     """Yield Python's standard library, its files in pieces of about 4,000 characters, none twice:
@@ -639,9 +668,9 @@ def parse_jsonl(lines, where):
     """Yield the "text" of each line that is not blank. Raises UserError naming the line."""
     number = 0
     try:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(legible(lines, where), 1):
             if line.strip():
-                yield json.loads(legible(line, f"{where}, line {number},"))["text"] + ""
+                yield json.loads(line)["text"] + ""
     except UserError:
         raise
     except (ValueError, KeyError, TypeError):
@@ -651,13 +680,13 @@ def parse_jsonl(lines, where):
         raise UserError(f"{where} is damaged after line {number}: {e}") from None
 
 def text_sha256(source):
-    """Of a text's content; "" for an iterable, which may be read only once."""
-    if source == "stdlib":
-        return sha256(doc.encode() for doc in library())
-    if isinstance(source, (str, Path)):
-        return sha256(itertools.chain.from_iterable(map(blocks, text_files(source))))
-    docs = source if isinstance(source, list) else ()
-    return sha256(as_text(doc).encode() + b"\0" for doc in docs) if docs else ""
+    """Of a text's content. source: as of `documents`, but an iterable can be read again."""
+    if isinstance(source, (str, Path)) and source != "stdlib":
+        heads = (f"{file.suffix} {file.stat().st_size} ".encode() for file in text_files(source))
+        parts = ([head, *blocks(file)] for head, file in zip(heads, text_files(source)))
+        return sha256(itertools.chain.from_iterable(parts))
+    docs = (as_text(doc).encode("utf-8", "replace") for doc in documents(source))
+    return sha256(b"%d " % len(doc) + doc for doc in docs)
 
 def split_text(text, size=4000):
     """Yield the documents of one long text: cut at <|endoftext|>, or else, after every `size`
@@ -866,7 +895,7 @@ def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_hea
     curve = fit_lm(model, train, val, steps, batch)
     losses = {"unigram": unigram, "bigram": bigram, "model": curve[-1]["loss"]}
     saved = {"config": asdict(config), "state": model.state_dict(), "merges": merges}
-    with hold(path.parent), atomic(path) as f:
+    with atomic(path) as f:
         torch.save(saved | {"curve": curve, "losses": losses}, f)
     told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     say(f"  held-out nats per token: {told}; {time.time() - start:.0f} s")
@@ -921,8 +950,8 @@ def claim(out, want):
         if differs or not (same or more(want["asked"], found.get("asked", 0))):
             differs = differs or ["asked"]
             told = "; ".join(f"{k}: {found.get(k)} there, {want[k]} wanted" for k in differs)
-            advice = "remove it or choose another --out"
-            raise UserError(f"{out} holds another harvest ({told}); {advice}")
+            whole = f"give --tokens {found['asked']} or " if differs == ["asked"] else "choose "
+            raise UserError(f"{out} holds another harvest ({told}); {whole}another --out")
         if found["complete"] and same:
             return found
     meta = want | {"complete": False, "tokens": 0, "val_tokens": 0}
@@ -955,7 +984,8 @@ def harvest(
     documents met on the way -> meta (dict). A harvest of the same model and text, by their content,
     is continued, or goes on to more tokens: shards that are there are kept. Raises UserError."""
     out, place = Path(out), model.place(layer, site, length)
-    docs = list(documents(text)) if text == "-" else text  # it can be read only once
+    again = isinstance(text, (str, Path)) and text != "-"  # it can be read more than once
+    docs = text if again else list(documents(text))
     want = {"format": FORMAT} | place | about(text, docs, encoding) | {"asked": tokens}
     with hold(out):
         meta = claim(out, want)
@@ -985,8 +1015,7 @@ def write_shards(model, encoding, docs, out, meta, batch):
         # Tokens are written last: where they are, the activations are too.
         there = np.load(tokens_file) if tokens_file.exists() else rows[:0]
         if not np.array_equal(there, rows[: len(there)]):
-            advice = f"remove {out} or choose another --out"
-            raise UserError(f"{tokens_file} was made from another text; {advice}")
+            raise UserError(f"{tokens_file} is of another text; choose another --out")
         if len(there) < len(rows):  # the last one of a shorter harvest is made anew
             x = torch.from_numpy(rows).long()
             acts = activations(model, x, meta["layer"], meta["site"], batch)
@@ -1032,14 +1061,17 @@ def rebatch(blocks, batch, skip):
 
 def read_meta(path):
     """meta.json of a harvested directory. Raises UserError for another kind of file."""
-    meta, needed = read_json(Path(path) / "meta.json"), ("complete", "context", "d_model", "format")
+    meta, needed = read_json(Path(path) / "meta.json"), ("complete", "format")
+    if meta.get("complete") and meta.get("format") == FORMAT:
+        needed = (*PATHS, "layer", "site", "d_model", "context", "model_sha256", "text_sha256",
+                  "eot", "asked", "tokens", "val_tokens", "tokens_sha256")
     if missing := [key for key in needed if key not in meta]:
         advice = "harvest into another directory, or name another one"
         raise UserError(f"{path}/meta.json was not written by harvest.py (it has no "
                         f"{missing[0]!r}); {advice}")
     if meta["format"] != FORMAT:
         found = f"{path} has format {meta['format']}, this harvest.py reads {FORMAT}"
-        raise UserError(f"{found}; remove it and harvest again, or name another directory")
+        raise UserError(f"{found}; harvest again, into another directory")
     return meta
 
 def is_harvested(path):
@@ -1176,7 +1208,8 @@ class Stream:
     def __init__(self, model, encoding, text, layer=None, site="resid_post_mlp", length=None,
                  block=None, batch=1024):  # fmt: skip
         self.model, self.encoding, self.chunk = model, encoding, batch
-        self.text = list(documents("-")) if text == "-" else text  # stdin can be read only once
+        again = isinstance(text, (str, Path)) and text != "-"  # it can be read more than once
+        self.text = text if again else list(documents(text))
         self.block = block or (16384 if model.device.type == "cuda" else 2048)
         self.meta = model.place(layer, site, length) | about(text, self.text, encoding)
         self.layer, self.site = self.meta["layer"], site
@@ -1207,12 +1240,26 @@ class Stream:
         n = max(1, n_tokens // self.length)
         rows = list(itertools.islice(
             split_contexts(self.text, self.encoding, "val", self.length), skip + n))
+        if len(rows) <= skip:
+            raise UserError(f"the held-out text ends after {len(rows)} contexts; give more --text")
         document = starts_in(torch.tensor(rows), self.encoding.eot_token)
         return *self.run(rows[skip:]), document[skip:]
 
 
 # --------------------------------------------------------------------------------------------------
 # The command.
+
+def differs(meta, asked):
+    """What of `asked`, {name: value}, is not as in the meta of activations: a model or text that is
+    a path by its content."""
+    def same(name, value):
+        if name not in PATHS or value in (*PUBLISHED, "stdlib", "webtext", "-"):
+            return meta[name] == value
+        content = text_sha256(value) if name == "text" else load_model(value)[0].sha256
+        return meta[name + "_sha256"] == content
+
+    return "; ".join(f"{name}: {meta[name]} there, {value} asked for"
+                     for name, value in asked.items() if not same(name, value))
 
 def check_options(text, site):
     """Raises UserError for a text that is not there, and for an unknown site."""
@@ -1231,8 +1278,8 @@ def source(cfg, alone=True):
     which one of several processes may not. Raises UserError."""
     if cfg.stream and cfg.acts:
         raise UserError(f"--stream reads no activations from disk; leave out --acts {cfg.acts}")
-    if cfg.acts and not (Path(cfg.acts) / "meta.json").exists():
-        Acts(cfg.acts)  # which says so
+    if cfg.acts:
+        Acts(cfg.acts)  # which says why, if it is none
     given = {name: getattr(cfg, name) for name in ("model", "text", "layer", "site", "ctx")}
     given = {name: value for name, value in given.items() if value not in (None, "", "auto")}
     acts = cfg.acts or "acts"
@@ -1254,12 +1301,9 @@ def source(cfg, alone=True):
         say(f"{missing}: harvesting")
         main([*options, "--out", acts, "--device", cfg.device])
     data = Acts(acts)
-    here = data.meta | {"ctx": data.meta["context"]}
-    known = lambda name, value: (value, str(Path(value).resolve()) if name in PATHS else value)
-    if differs := [name for name, v in given.items() if here[name] not in known(name, v)]:
-        told = "; ".join(f"{name}: {here[name]} there, {given[name]} asked for" for name in differs)
+    if told := differs(data.meta | {"ctx": data.meta["context"]}, given):
         raise UserError(f"{acts} holds other activations ({told}); name another --acts, or leave "
-                        f"out --{' and --'.join(differs)}")
+                        "out what is asked for")
     cfg.acts = str(Path(acts).resolve())
     return data, Acts(acts, "val"), data.n_train
 

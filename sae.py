@@ -175,9 +175,9 @@ def geometric_median(x, steps=100, tol=1e-6):
 
 @torch.no_grad()
 def nmse(sae, x, chunk=8192):
-    """Of raw activations x (N, d): MSE over that of predicting their mean, normalised (2.1)."""
-    u = [sae.unit(part)[0] for part in x.split(chunk)]
-    mean = sum(part.sum(0) for part in u) / len(x)
+    """Of raw activations x (..., d): MSE over that of predicting their mean, normalised (2.1)."""
+    u = [sae.unit(part)[0] for part in x.flatten(0, -2).split(chunk)]
+    mean = sum(part.sum(0) for part in u) / sum(map(len, u))
     error = sum((part - sae.decode(*sae.encode(part))).square().sum() for part in u)
     return (error / sum((part - mean).square().sum() for part in u)).item()
 
@@ -197,10 +197,13 @@ def load(cls, path, device="cpu"):
         return cls.from_openai(saved).to(device)
     if not {"sae", "state"} <= saved.keys():
         raise ValueError(f"{path} is neither an autoencoder written by sae.py nor one of OpenAI's")
-    own = saved["sae"]
-    sae = cls(own["d_model"], own["n_latents"], own["k"]).to(saved["state"]["W_dec"].dtype)
-    sae.load_state_dict(saved["state"])
-    sae.normalized, sae.meta = own["normalized"], own["meta"]
+    try:
+        own = saved["sae"]
+        sae = cls(own["d_model"], own["n_latents"], own["k"]).to(saved["state"]["W_dec"].dtype)
+        sae.load_state_dict(saved["state"])
+        sae.normalized, sae.meta = own["normalized"], dict(own["meta"])
+    except (KeyError, TypeError, RuntimeError, AttributeError) as e:
+        raise ValueError(f"{path} is not whole ({type(e).__name__}: {e!s:.80})") from None
     return sae.to(device)
 
 def from_openai(cls, state):
@@ -537,6 +540,8 @@ def sparse_decode(values, indices, W_dec):
     Differentiable in values and W_dec."""
     flat = values.reshape(-1, values.shape[-1])
     if not isinstance(indices, Support):
+        both = tuple(values.shape), tuple(indices.shape)
+        require(both[0] == both[1], f"values {both[0]} and indices {both[1]} must be of one shape")
         indices = Support(indices.reshape(flat.shape), len(W_dec))
     return _Decode.apply(flat, indices, W_dec).view(*values.shape[:-1], W_dec.shape[1])
 
@@ -598,7 +603,8 @@ class Sparse(SAE):
         """As SAE.encode; with k = n only as many columns come back as the batch needs."""
         d, k = self.d_model, self.k if k is None else k
         require(u.shape[-1] == d, f"width {u.shape[-1]}, where the autoencoder has {d}")
-        flat = u.reshape(-1, d)
+        require(0 <= k <= self.n_latents, f"k = {k} of {self.n_latents} latents")
+        flat = u.reshape(-1, d).to(u.dtype if u.is_floating_point() else self.W_dec.dtype)
         values, support = self.activate(flat, *self.select(flat, k)[0])
         return tuple(t.view(*u.shape[:-1], t.shape[1]) for t in (values, support.indices))
 
@@ -942,9 +948,6 @@ class Run:
         found = [*sorted(self.path.glob("checkpoint*.pt")), *self.checkpoints()][::-1]
         seen = found, (self.path / "sae.pt").exists(), restarted
         self.found, self.finished, restarted = mesh.broadcast(seen)
-        own = self.found or self.finished or (self.path / "config.json").exists()
-        require(own or all(file.name.startswith(".") for file in self.path.glob("*")),
-                f"{cfg.out} is not empty and holds no run; choose another --out")
         require(cfg.resume or restarted or not (self.found or self.finished),
                 f"{cfg.out} already holds a run; continue it with --resume or choose another --out")
 
@@ -1097,7 +1100,10 @@ def hold(path):
 def read_checkpoint(folder):
     """-> what each shard wrote. Raises ValueError if a file is damaged, or of another version."""
     saved = [load_file(file, mmap=True) for file in sorted(folder.glob("*.pt"))]
-    require(saved and "c" in saved[0], f"{folder} was written by another version of sae.py")
+    whole = saved and all({"c", "config", "meta", "steps", "tensors"} <= s.keys() for s in saved)
+    require(whole and {"tokens", "n_latents"} <= saved[0]["config"].keys()
+            and all({"silent", "b_enc"} <= s["tensors"].keys() for s in saved),
+            f"{folder} was written by another version of sae.py")
     rows = sum(len(shard["tensors"]["b_enc"]) for shard in saved)
     require(rows == saved[0]["config"]["n_latents"], f"{folder} lacks the file of a shard")
     return saved
@@ -1200,7 +1206,11 @@ def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
     require(cfg.batch % (mesh.world * cfg.accumulate) == 0, f"a batch of {cfg.batch} cannot be cut "
             f"into {mesh.world} processes times {cfg.accumulate} parts; choose another --batch")
     start = batches if callable(batches) else lambda step: itertools.islice(batches, step, None)
-    with hold(Path(cfg.out)) if mesh.rank == 0 else nullcontext():
+    out = Path(cfg.out)
+    own = [*out.glob("config.json"), *out.glob("checkpoint*"), *out.glob("sae.pt")]
+    require(mesh.rank or own or all(file.name == ".lock" for file in out.glob("*")),
+            f"{cfg.out} is not empty and holds no run; choose another --out")
+    with hold(out) if mesh.rank == 0 else nullcontext():
         run = Run(cfg, mesh)
         trainer = run.resume(meta)
         size = cfg.batch // mesh.world
@@ -1271,7 +1281,7 @@ class Config:
     resume: bool = option(False, "continue the run in --out, bit-exactly on CPU, or begin it; what "
                           "is left out is as it was")
 
-UNNAMED = ("n_latents", "k", "out", "device", "minutes", "resume", "shards", "accumulate")
+UNNAMED = ("n_latents", "k", "out", "tokens", "device", "minutes", "resume", "shards", "accumulate")
 
 def default_out(c):
     """runs/n32768_k32 for the defaults; what is given differently is in the name too."""
@@ -1288,7 +1298,7 @@ def resolve(cfg, d_model, tokens):
     c = dataclasses.replace(cfg)
     c.out = str(c.out or default_out(c))
     for name in ("tokens", "batch", "lr", "k_aux", "aux_coef", "dead_tokens", "clip", "l1", "ema",
-                 "minutes"):
+                 "minutes", "seed"):
         require(0 <= getattr(c, name) < math.inf, f"--{name} {getattr(c, name)} is no such number")
     require(c.l1 == 0 or c.l1 > 0 and not c.multi_topk,
             f"--l1 {c.l1:g} must be positive, and goes without --multi_topk")
@@ -1341,9 +1351,12 @@ def parse_config(argv=None):
     cfg = Config(**given)
     cfg.out = cfg.out or default_out(cfg)
     if cfg.resume and (before := read(file := Path(cfg.out) / "config.json")):
-        require(before.startswith("{") and before.endswith("}"), f"{file} is damaged; move it away "
-                "and give the options that the run was started with")
-        kept = {name: v for name, v in json.loads(before).items() if name in names}
+        try:
+            kept = {name: v for name, v in dict(json.loads(before)).items() if name in names}
+            resolve(Config(**kept), 2, 10**9)
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{file} is damaged ({e}); move it away and give the options that the "
+                             "run was started with") from None
         cfg = Config(**kept | {"device": "", "resume": True} | given)
     return a, cfg
 
@@ -1394,6 +1407,8 @@ def show_plan(cfg, a):
             f"--speeds {a.speeds} --world {a.world} --d_model {a.d_model}: give three positive "
             "numbers, such as 790,4300,50, and positive sizes")
     cfg = resolve(dataclasses.replace(cfg, device=cfg.device or "cuda"), a.d_model, 10**9)
+    kind = cfg.device.split(":")[0]
+    require(kind in DENSE, f"no device {kind} here; --plan knows {' and '.join(DENSE)}")
     rows = plan(cfg, a.d_model, a.world, speeds)
     print(f"n {cfg.n_latents:,}, k {cfg.k}, d {a.d_model}, batch {cfg.batch:,}, {cfg.precision}, "
           f"5 % dead; {a.world // cfg.shards} replicas x {cfg.shards} shards; speeds {a.speeds}")

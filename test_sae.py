@@ -199,6 +199,15 @@ def test_any_leading_shape_and_no_other_width(make):
             with pytest.raises(ValueError, match="where the autoencoder has 6"):
                 call(wrong)
     assert m.encode(x, k=0)[0].shape == (4, 5, 0)
+    assert m.encode(torch.arange(6))[0].is_floating_point() and m(torch.arange(6)).dtype != torch.long
+    assert S.nmse(m, x) == pytest.approx(S.nmse(m, x.flatten(0, 1)))
+    assert evals.density(m, x)["densest"] == evals.density(m, x.flatten(0, 1))["densest"]
+    with pytest.raises(ValueError, match="where the autoencoder has 6"):
+        evals.reconstruction(m, x[..., :3])
+    with pytest.raises(ValueError, match="of one shape"):
+        S.Sparse(6, 20, 3).decode(torch.ones(4, 3), torch.ones(2, 6, dtype=torch.long))
+    with pytest.raises(ValueError if make is S.Sparse else RuntimeError, match="k"):
+        m.encode(x, k=21)
     assert m.encode(x[:0])[0].shape == (0, 5, 3)
     relu = make(6, 20, 20).double()
     assert len(relu.encode(x[0, :0])[0]) == 0
@@ -639,6 +648,12 @@ def test_only_data_is_saved_and_all_of_it_can_be_loaded(tmp_path):
         sae.save(tmp_path / "x.pt")
     S.SAE(4, 8, 2).double().save(tmp_path / "x.pt")
     assert S.SAE.load(tmp_path / "x.pt").W_dec.dtype == torch.float64
+    saved = torch.load(tmp_path / "x.pt", weights_only=True)
+    for change, said in (({"sae": None}, "neither|is not whole"), ({"sae": {}}, "is not whole"),
+                         ({"state": {}}, "is not whole")):
+        torch.save(saved | change, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=said):
+            S.SAE.load(tmp_path / "other.pt")
     torch.save({"state": {}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="neither an autoencoder"):
         S.SAE.load(tmp_path / "other.pt")
@@ -973,6 +988,7 @@ def test_the_default_name_holds_what_differs_from_the_defaults():
     name = lambda *argv: Path(S.parse_config([*map(str, argv)])[1].out).name
     assert name() == name("--device", "cpu", "--minutes", 1) == "n32768_k32"
     assert name("--k", 4, "--lr", 1e-3, "--multi_topk") == "n32768_k4_lr_0.001_multi_topk"
+    assert name("--tokens", 5000) == "n32768_k32"  # to which a run may go on
     assert name("--l1", 0.125) == "n32768_l1_0.125" and name("--aux_coef", 0).endswith("aux_coef_0")
     assert name("--acts", "../a b/c") == "n32768_k32_acts_..-a-b-c"
     fields = [f for f in dataclasses.fields(S.Config) if f.name not in S.UNNAMED]
@@ -1534,7 +1550,11 @@ def test_what_a_config_changes_is_honoured(huggingface, tmp_path, ours, theirs, 
     ({"vocab_size": 31}, "vocab_size is 31"), ({"n_positions": 24}, "n_positions is 24"),
     ({"n_layer": 2}, "n_layer is 2"), ({"n_embd": 24}, "n_embd is 24"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"n_head": 5}, "5 heads"),
-    ({"auto_map": {"AutoModel": "x.py"}}, "auto_map"), ({"n_head": None}, "must give n_head")])
+    ({"auto_map": {"AutoModel": "x.py"}}, "auto_map"), ({"n_head": None}, "must give n_head"),
+    ({"n_head": True}, "n_head is True"), ({"layer_norm_epsilon": -1.0}, "epsilon is -1.0"),
+    ({"layer_norm_epsilon": "1e-5"}, "epsilon is '1e-5'"), ({"hidden_size": 24}, "n_embd is 24"),
+    ({"num_hidden_layers": 2}, "n_layer is 2"), ({"scale_attn_weights": "false"}, "is 'false'"),
+    ({"n_head": None, "num_attention_heads": 5}, "5 heads")])
 def test_what_a_config_changes_is_refused_where_it_cannot_be_honoured(
         huggingface, tmp_path, config, said):
     huggingface(config=config)
@@ -1565,6 +1585,10 @@ def test_other_heads_vocabularies_and_tokenizers_are_seen(huggingface, tmp_path)
                 with pytest.raises(harvest.UserError, match="tokenizer .* is not GPT-2's"):
                     harvest.load_model(path)
         (tmp_path / name).unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(harvest.UserError, match="is not GPT-2's"):
+        harvest.load_model(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "spiece.model").write_bytes(b"other")
     with pytest.raises(harvest.UserError, match="is not GPT-2's"):
         harvest.load_model(tmp_path)
@@ -1737,6 +1761,12 @@ def test_text_sources(tmp_path, monkeypatch):
     assert list(harvest.documents("-")) == ["six"]
     monkeypatch.setattr(sys, "stdin", stdin('{"text": "six"}\n\n{"text": "seven"}\n'))
     assert list(harvest.documents("-")) == ["six", "seven"]
+    for odd in ('[{"text": "six"}]', '{\n"text":\n"six"\n}', '{ "txt": 1}'):
+        monkeypatch.setattr(sys, "stdin", stdin(odd))
+        with pytest.raises(harvest.UserError, match="standard input, line 1: not a JSON object"):
+            list(harvest.documents("-"))
+    monkeypatch.setattr(sys, "stdin", stdin("{ is no JSON"))
+    assert list(harvest.documents("-")) == ["{ is no JSON"]
     (tmp_path / "b.jsonl").write_text('\ufeff{"text": "three"}\n \n{"text": "four"}\n')
     assert list(harvest.documents(tmp_path / "b.jsonl")) == ["three", "four"]
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"txt": "four"}\n')
@@ -1750,8 +1780,9 @@ def test_text_sources(tmp_path, monkeypatch):
     ("utf16.txt", "what is written here".encode("utf-16"), "utf16.txt is not text in UTF-8"),
     ("latin.txt", ("déjà vu, très cher " * 20).encode("latin-1"), "latin.txt is not text"),
     ("zip.txt", gzip.compress(b"what is written here" * 50), "zip.txt is not text"),
-    ("zip.jsonl", gzip.compress(b'{"text": "x"}' * 50), "zip.jsonl, line 1, is not text"),
-    ("zeros.jsonl", b'{"text": "x"}\n{"text": "' + bytes(50) + b'"}', "zeros.jsonl, line 2,"),
+    ("zip.jsonl", gzip.compress(b'{"text": "x"}' * 50), "zip.jsonl is not text"),
+    ("zeros.jsonl", b'{"text": "x"}\n{"text": "' + bytes(50) + b'"}', "zeros.jsonl is not text"),
+    ("short.jsonl", '{"text": "café noël"}\n'.encode("latin-1") * 30, "short.jsonl is not text"),
     ("a.csv", b"text\nx", "a.csv is no .txt, .jsonl or .jsonl.gz file"),
     ("a.txt.gz", gzip.compress(b"x" * 50), "a.txt.gz is no .txt")])
 def test_what_is_no_text_is_refused(tmp_path, name, raw, said):
@@ -1856,11 +1887,23 @@ def test_a_harvest_is_known_by_the_content_of_its_model_and_text(tmp_path, model
     changed.wte.weight[7] -= 1
     changed.load_state_dict(model.state_dict())  # the same again, elsewhere
     assert again(model=changed)["complete"]
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text("one")
-    one, other = (harvest.text_sha256(str(tmp_path / name)) for name in ("a.txt", "b.txt"))
-    (tmp_path / "b.txt").write_text("two")
-    assert one == other != harvest.text_sha256(tmp_path / "b.txt")
+    other = harvest.load_model(str(model_file))[0]
+    other.vocabulary = "merged otherwise"
+    with pytest.raises(harvest.UserError, match="another harvest .model_sha256: "):
+        again(model=other)
+    with pytest.raises(harvest.UserError, match="another harvest .text_sha256: "):
+        again(text=(doc for doc in DOCS[1:]))  # which can be read but once
+    texts = {"a.txt": "one", "b.txt": "one", "c.txt": "two", "d.jsonl": "one"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    a, b, c, d = (harvest.text_sha256(str(tmp_path / name)) for name in texts)
+    assert a == b and len({a, c, d}) == 3
+    for name, pieces in (("one", ["ab", "c"]), ("two", ["a", "bc"])):
+        (tmp_path / name).mkdir()
+        for i, piece in enumerate(pieces):
+            (tmp_path / name / f"{i}.txt").write_text(piece)
+    assert harvest.text_sha256(tmp_path / "one") != harvest.text_sha256(tmp_path / "two")
+    assert harvest.text_sha256(["ab", "c"]) != harvest.text_sha256(["a", "bc"])
 
 
 @pytest.mark.parametrize("few", [16 * 40, 16 * 45])  # full shards; a shorter last one
@@ -2912,7 +2955,7 @@ def test_results_are_printed_where_they_cannot_be_kept(run_dir, tmp_path, capsys
     monkeypatch.setattr(harvest, "write_json", not_allowed)
     evals.main([str(tmp_path / "a"), *CPU, "--only", "reconstruction"])
     out, err = capsys.readouterr()
-    assert "NMSE, held-out" in out and "not kept: " in err and "Permission denied" in err
+    assert "NMSE, held-out" in out and "is not written: Permission denied" in err
     monkeypatch.undo()
     # what another process has written meanwhile stays
     evals.main([str(tmp_path / "a"), *CPU, "--only", "reconstruction"])
@@ -2955,6 +2998,9 @@ def test_a_model_or_text_that_has_changed_is_not_evaluated(
             shutil.move("acts", "gone")  # so that text is run
             file.write_bytes(before + b'{"text": "more"}\n')
         refuses(evals.main, argv, capsys, said)
+        if change == "toy.pt":  # nor are its activations taken for those of the new one
+            given = [*TINY, "--model", "toy.pt", "--out", "r2"]
+            refuses(S.main, given, capsys, "acts holds other activations (model: ")
         file.write_bytes(before)
         if change != "toy.pt":
             assert run(evals.main, argv, capsys)[0] == 0  # the text again
@@ -3362,6 +3408,7 @@ def test_arguments_are_looked_at_before_anything_is_loaded(tmp_path, capsys, mon
     monkeypatch.setattr(harvest, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
     np.save("mine.npy", np.zeros((9, 4)))
     Path("notes.md").write_text("mine")
+    Path("other.txt").write_text("other")
     no = "no activations at"
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(harvest, "pick_device", lambda name: device)
@@ -3386,8 +3433,8 @@ def test_arguments_are_looked_at_before_anything_is_loaded(tmp_path, capsys, mon
     for given, said in ((["--layer", 1], "layer: 2 there, 1 asked"),
                         (["--ctx", 32], "ctx: 16 there"),
                         (["--site", "mlp_post_act"], "site: resid_post_mlp there"),
-                        (["--text", "notes.md"], "text: ")):
-        refuses(S.main, [*TINY, "--acts", acts_dir, *given], capsys, said, "leave out --")
+                        (["--text", "other.txt"], "text: ")):
+        refuses(S.main, [*TINY, "--acts", acts_dir, *given], capsys, said, "leave out")
     for name in ("tokens", "contexts", "latents"):
         refuses(evals.main, ["r", f"--{name}", 0], capsys, f"--{name} 0 must be at least 1")
 
@@ -3484,7 +3531,8 @@ def test_a_disk_that_is_really_full_is_recognised_wherever_it_shows(tmp_path, ru
                "e": lambda p: S.SAE(9, 99, 2).save(p),
                "f": lambda p: evals.write_report(p, {"x": "y" * 10**6})}
     for name, write in writers.items():
-        part = tmp_path / f"{name}.part"
+        own = "" if name in "abe" else f".{os.getpid()}"  # of harvest.atomic
+        part = tmp_path / f"{name}{own}.part"
         part.symlink_to("/dev/full")
         with pytest.raises(OSError) as e:
             write(tmp_path / name)
