@@ -3331,7 +3331,7 @@ def test_harvest_keeps_what_is_not_its_own(tmp_path, capsys, model_file, text_fi
     refuses(harvest.main, [*base, "--layer", 7, *z], capsys, "has no layer 7", "0 to 2")
     refuses(harvest.main, [*base, "--site", "nose", *z], capsys,
             "unknown site 'nose'", "resid_post_mlp")
-    refuses(harvest.main, [*base[:4], "--ctx", 64, *z, *CPU], capsys, "only 16 positions")
+    refuses(harvest.main, [*base[:4], "--ctx", 64, *z, *CPU], capsys, "takes contexts of 2 to 16 tokens")
     short = ["--text", tmp_path / "y/notes.txt", "--ctx", 16]
     refuses(harvest.main, [*base[:2], *short, *z, *CPU], capsys, "too short")
 
