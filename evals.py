@@ -15,9 +15,11 @@ the first two of them are quick."""
 
 import argparse
 import base64
+import copy
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from array import array
@@ -34,12 +36,12 @@ import torch.nn.functional as F
 
 import harvest
 from harvest import SITES, Progress, UserError
-from sae import Sparse, keep_heap, load_file
+from sae import FOREIGN, Sparse, keep_heap, load_file, normalize
 
 CHUNK = 8192  # tokens encoded at a time
 METRICS = {}  # name -> what `@metric` says, in the order in which they run
 PLACE = ("model", "layer", "site", "text")  # what tells activations from others
-HASHES = ("model_sha256", "text_sha256")  # and their names do not
+HASHES = ("acts_sha256", "model_sha256", "text_sha256")  # and their names do not
 
 @dataclass
 class metric:
@@ -49,7 +51,7 @@ class metric:
     unit: str = ""
     of: str = "tokens"  # key in the result of the sample's size
     quick: bool = False  # computed without --all
-    needs: str = ""  # what Case.missing must not have, even where an earlier result is kept
+    needs: tuple = ()  # what Case.missing must not have, even where an earlier result is kept
     depends: tuple = ()  # what of the Case, beside its sizes, the result depends on
     notes: Callable = lambda result: []  # -> further lines of the table
     page: Callable = lambda result: {}  # -> further parts of the report
@@ -134,52 +136,90 @@ def joined(a, b):
     return a | b | {"replicates": a["replicates"] | b["replicates"]}
 
 def pick(result, *keys):
-    """Those entries of a dict."""
-    return {key: result[key] for key in keys}
+    """Those entries of a dict, as far as it has them."""
+    return {key: result[key] for key in keys if key in result}
 
 
 # --------------------------------------------------------------------------------------------------
 # Reconstruction, section 2.1; memorisation, density and positions, appendix.
 
 def squared_errors(sae, x, code=None):
-    """Raw x (..., d) -> (...) each: squared error, norm of û over that of u, active latents."""
+    """Raw x (..., d) -> (...) each: squared error, norm of û over that of u (inf or nan where
+    that is 0), active latents."""
     parts = []
     for u, values, indices in codes(sae, x, code):
         u_hat = sae.decode(values, indices)
-        ratio = u_hat.norm(dim=1) / u.norm(dim=1).clamp_min(1e-30)
+        ratio = u_hat.norm(dim=1) / u.norm(dim=1)
         parts.append(((u - u_hat).square().sum(1), ratio, (values > 0).sum(1)))
     return [torch.cat(part).double().view(x.shape[:-1]) for part in zip(*parts)]
 
-def spread(sae, x):
-    """Of raw x (..., d), normalised: squared distances from their mean (...), over which errors
-    are an NMSE."""
-    units = lambda: (sae.unit(chunk)[0].double() for chunk in x.flatten(0, -2).split(CHUNK))
-    mean = sum(u.sum(0) for u in units()) / math.prod(x.shape[:-1])
-    distances = torch.cat([(u - mean).square().sum(1) for u in units()])
-    return distances.clamp_min(1e-30).view(x.shape[:-1])
+def by_chunk(x, function):
+    """function of raw x (..., d), some at a time -> (...) float64."""
+    parts = [function(chunk).double() for chunk in x.flatten(0, -2).split(CHUNK)]
+    return torch.cat(parts).view(x.shape[:-1])
 
-@metric(lambda c: reconstruction(c.sae, c.val, document=c.document), quick=True, rows=[
-    ("nmse", "NMSE, held-out"), ("l0", "L0", "latents/token"),
-    ("norm_ratio", "norm of reconstruction / input")])
+def spread(x, unit=None):
+    """Of raw x (..., d), normalised by unit(x)[0] if given: squared distances from their mean
+    (...), over which errors are an NMSE."""
+    of = (lambda part: unit(part)[0].double()) if unit else torch.Tensor.double
+    mean = sum(of(part).sum(0) for part in x.flatten(0, -2).split(CHUNK)) / math.prod(x.shape[:-1])
+    return by_chunk(x, lambda part: (of(part) - mean).square().sum(1)).clamp_min(1e-30)
+
+def half_explained(result):
+    """A line for the table where it is less."""
+    if result["nmse"] <= 0.5:
+        return []
+    better = {name: v for name, v in result.get("otherwise", {}).items() if v < 0.5}
+    why = "is it of these activations (model, layer, site), and scaled as they are?"
+    for name in sorted(better, key=better.get)[:1]:
+        why = f"on {name} its NMSE is {better[name]:.4f}: it was trained on such"
+    return [f"    it explains less than half of the variance: {why}"]
+
+def otherwise(sae, x):
+    """{another way to scale x (..., d): the NMSE with that}, for one that explains little."""
+    size = x.float().norm(dim=-1).mean()
+    u, root = normalize(x.float())[0], math.sqrt(x.shape[-1])
+    ways = {"raw activations": x, "activations normalised to norm 1": u,
+            "activations normalised to norm sqrt(d - 1)": u * math.sqrt(x.shape[-1] - 1),
+            "activations of a mean norm of 1": x / size,
+            "activations of a mean norm of sqrt(d)": x * root / size}
+    plain = copy.copy(sae)
+    plain.normalized = False
+    return {name: reconstruction(plain, way.to(sae.W_dec))["nmse"] for name, way in ways.items()}
+
+def with_doubts(c):
+    """Case -> `reconstruction`; if that is bad, `otherwise` too."""
+    result = reconstruction(c.sae, c.val, document=c.document)
+    return result | ({"otherwise": otherwise(c.sae, c.val[:64])} if result["nmse"] > 0.5 else {})
+
+@metric(with_doubts, quick=True, notes=half_explained, rows=[
+    ("nmse", "NMSE, held-out"), ("nmse_raw", "the same, before normalisation"),
+    ("l0", "L0", "latents/token"), ("norm_ratio", "norm of reconstruction / input")])
 def reconstruction(sae, x, code=None, document=None):
     """Raw x (N, d) or (contexts, T, d) -> nmse (squared error over that of always predicting the
-    mean, both normalised), l0 (active latents a token), norm_ratio (of reconstruction over input).
-    code: u -> (values, indices), or sae.encode. document: as in `leave_one_out`."""
+    mean, both normalised if the autoencoder's inputs are, and then nmse_raw without), l0 (active
+    latents a token), norm_ratio (of reconstruction over input). code: u -> (values, indices), or
+    sae.encode. document: as in `leave_one_out`."""
     x = x.reshape(len(x), -1, x.shape[-1])
     of = partial(leave_one_out, document)
-    errors, ratios, active = (v.mean(1) for v in squared_errors(sae, x, code))
-    nmse = of(errors, spread(sae, x).mean(1))
-    found = estimates(nmse=nmse, l0=of(active), norm_ratio=of(ratios))
-    return found | {"tokens": math.prod(x.shape[:-1])}
+    errors, ratios, active = squared_errors(sae, x, code)
+    found = {"nmse": of(errors.mean(1), spread(x, sae.unit).mean(1))}
+    if sae.normalized:
+        norm = by_chunk(x, lambda part: sae.unit(part)[2][:, 0])
+        found["nmse_raw"] = of((errors * norm.square()).mean(1), spread(x).mean(1))
+    defined = ratios.isfinite().double()
+    ratio = of(ratios.where(defined > 0, 0.0).mean(1), defined.mean(1))
+    found |= {"l0": of(active.mean(1)), "norm_ratio": ratio}
+    return estimates(**found) | {"tokens": math.prod(x.shape[:-1])}
 
-@metric(lambda c: memorization(c.sae, *c.trained_and_kept), quick=True, needs="trained_on",
+@metric(lambda c: memorization(c.sae, *c.trained_and_kept), quick=True, needs=("trained_on",),
     rows=[("nmse_train", "NMSE, contexts trained on"),
           ("nmse_kept", "NMSE, kept back between these"), ("gap", "kept back less trained on")])
 def memorization(sae, train, kept, document=None):
     """NMSE on contexts that were trained on and on such of the same documents as were not, x
     (contexts, T, d) each: a gap that grows with n. document: of all, those trained on first."""
     x = torch.cat([train, kept])
-    errors, distances = squared_errors(sae, x)[0].mean(1), spread(sae, x).mean(1)
+    errors, distances = squared_errors(sae, x)[0].mean(1), spread(x, sae.unit).mean(1)
     first = (torch.arange(len(x)) < len(train)).to(errors)
     a, b = (leave_one_out(document, errors * w, distances * w) for w in (first, 1 - first))
     found = estimates(nmse_train=a, nmse_kept=b, gap=b - a)
@@ -211,29 +251,39 @@ def density(sae, x, rare=1e-4):
         out[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
     return out | {"densest": share.max().item(), "tokens": len(x)}
 
-@metric(lambda c: dense_latents(c.sae, c.val, c.val_tokens), quick=True,
-    notes=lambda r: ["    latent {latent}: fires on {density:.1%}; correlation with position"
-                     " {position:+.2f}, first token {first_token:+.2f}, repetition"
-                     " {repetition:+.2f}".format(**row) for row in r["densest"][:5]],
-    page=lambda r: {"dense": [[*row.values()] for row in r["densest"]]})
-def dense_latents(sae, x, tokens, top=10):
-    """The `top` densest latents on x (contexts, T, d) of tokens (contexts, T), the correlation of
-    their activation with position, being first, and repetition (the token was there earlier)."""
-    C, T = tokens.shape
-    share = latent_sums(sae, x)[0] / tokens.numel()
+DENSE = "latent", "density", "position", "first_token", "repetition"
+
+def dense_note(row):
+    """A row of `dense_latents` as a line of the table."""
+    told = [f"{name.replace('_', ' ')} {v:+.2f}" for name, v in row.items()
+            if name in DENSE[2:]]
+    about = f"; correlation with {', '.join(told)}" if told else ""
+    return "    latent {latent}: fires on {density:.1%}".format(**row) + about
+
+@metric(lambda c: dense_latents(c.sae, c.in_contexts, c.words), quick=True,
+    notes=lambda r: list(map(dense_note, r["densest"][:5])),
+    page=lambda r: {"dense": [[row.get(name) for name in DENSE] for row in r["densest"]]})
+def dense_latents(sae, x, tokens=None, top=10):
+    """The `top` densest latents on x (contexts, T, d), the correlation of their activation with
+    position and being first (if T > 1) and, with tokens (contexts, T), with repetition (the token
+    was there earlier)."""
+    C, T = x.shape[:2]
+    share = latent_sums(sae, x)[0] / (C * T)
     latents = share.topk(min(top, sae.n_latents)).indices
     of = lambda values, indices: torch.stack([(values * (indices == i)).sum(1) for i in latents], 1)
     z = torch.cat([of(*code) for _, *code in codes(sae, x)]).double().cpu()  # (C T, top)
     at = torch.arange(T).expand(C, T)
-    repeated = (tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(2).cpu()
-    facts = torch.stack([at, at == 0, repeated], -1).flatten(0, 1).double()  # (C T, 3)
-    z, facts = ((v - v.mean(0)) / v.std(0).clamp_min(1e-12) for v in (z, facts))
-    correlation = z.T @ facts / (len(z) - 1)  # (top, 3)
-    rows = zip(latents.tolist(), share[latents].tolist(), *correlation.T.tolist())
-    names = ("latent", "density", "position", "first_token", "repetition")
-    return {"densest": [dict(zip(names, row)) for row in rows], "tokens": len(z)}
+    facts = {"position": at, "first_token": at == 0} if T > 1 else {}
+    if tokens is not None:
+        facts["repetition"] = (tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(2).cpu()
+    score = lambda v: (v - v.mean(0)) / v.std(0).clamp_min(1e-12)
+    found = {"latent": latents.tolist(), "density": share[latents].tolist()}
+    for name, fact in facts.items():
+        found[name] = (score(z).T @ score(fact.flatten().double()) / (len(z) - 1)).tolist()
+    return {"densest": [dict(zip(found, row)) for row in zip(*found.values())], "tokens": len(z)}
 
-@metric(lambda c: positions(c.sae, c.val, c.document), quick=True, of="contexts",
+@metric(lambda c: positions(c.sae, c.val, c.document), quick=True, needs=("contexts",),
+    of="contexts",
     page=lambda r: {"plots": {"positions": pick(r, "nmse", "norm")}}, rows=[
     ("nmse_first", "NMSE, first position"), ("nmse_later", "NMSE, later positions"),
     ("norm_first", "norm of the input, first position"),
@@ -241,7 +291,7 @@ def dense_latents(sae, x, tokens, top=10):
 def positions(sae, x, document=None):
     """x (contexts, T, d) -> nmse (mean: as `reconstruction`) and norm: lists over T, first, later.
     document: as in `leave_one_out`."""
-    errors, distances = squared_errors(sae, x)[0], spread(sae, x).mean(1)
+    errors, distances = squared_errors(sae, x)[0], spread(x, sae.unit).mean(1)
     norm = x.to(errors.device).float().norm(dim=2).double()
     found, of = {}, partial(leave_one_out, document)
     for name, v, over in (("nmse", errors, distances), ("norm", norm, None)):
@@ -289,7 +339,7 @@ def patched_losses(site, tokens, edits, label="downstream"):
     return per | {"delta_" + name: per["ce_" + name] - per["ce"] for name in edits}
 
 @metric(lambda c: downstream(c.sae, c.site, c.chosen, c.val.mean((0, 1)), c.document),
-    quick=True, unit="nats/token", rows=[
+    quick=True, needs=("model",), unit="nats/token", rows=[
     ("ce", "CE of the model itself"), ("ce_sae", "CE with the reconstruction"), ("delta_ce", "ΔCE"),
     ("kl", "KL(original || patched)"),
     ("ce_mean", "CE, mean ablation"), ("ce_zero", "CE, zero ablation"),
@@ -392,7 +442,7 @@ def refinement(sae, x, ridge=1e-9, document=None):
                 parts.append((error, least, z.sum(1), best.sum(1), (best / z)[z > 0]))
     *sums, ratios = (torch.cat(part) for part in zip(*parts))
     before, after, original, refined = (v.view(x.shape[:2]).mean(1) for v in sums)
-    distances, of = spread(sae, x).mean(1), partial(leave_one_out, document)
+    distances, of = spread(x, sae.unit).mean(1), partial(leave_one_out, document)
     out = estimates(ratio=of(refined, original), nmse=of(before, distances),
                     nmse_refined=of(after, distances), gain=1 - of(after, before))
     return out | {"ratio_median": ratios.median().item(), "ratio_mean": ratios.mean().item(),
@@ -403,12 +453,15 @@ def refinement(sae, x, ridge=1e-9, document=None):
 # Other codes of the same autoencoder, section 5.3: another k, a threshold.
 
 def other_codes(sae, site, tokens, x, encoders, label, document):
-    """{name: function u -> (values, indices)} -> {name: its NMSE and L0 on x, ΔCE on tokens}."""
-    edits = {str(name): partial(reconstructed, sae, code=f) for name, f in encoders.items()}
-    per, found = patched_losses(site, tokens, edits, label), {}
-    for name, f in encoders.items():
-        delta = estimates(delta_ce=leave_one_out(document, per[f"delta_{name}"]))
-        found[name] = joined(reconstruction(sae, x, f, document), delta | {"contexts": len(tokens)})
+    """{name: function u -> (values, indices)} -> {name: its NMSE and L0 on x, ΔCE on tokens}, that
+    if there is a site."""
+    found = {name: reconstruction(sae, x, f, document) for name, f in encoders.items()}
+    if site:
+        edits = {str(name): partial(reconstructed, sae, code=f) for name, f in encoders.items()}
+        per = patched_losses(site, tokens, edits, label)
+        for name in found:
+            delta = estimates(delta_ce=leave_one_out(document, per[f"delta_{name}"]))
+            found[name] = joined(found[name], delta | {"contexts": len(tokens)})
     return found
 
 @metric(lambda c: test_time_k(c.sae, c.site, c.chosen[:256], c.val[: c.few], c.k, c.document),
@@ -423,21 +476,20 @@ def test_time_k(sae, site, tokens, x, k=None, document=None):
     at = sorted({min(k_, sae.n_latents) for k_ in (*powers, k, 4 * k)})
     encoders = {k_: partial(sae.encode, k=k_) for k_ in at}
     found = other_codes(sae, site, tokens, x, encoders, "test-time k", document)
-    lists = {key: [result[key] for result in found.values()]
-             for key in ("nmse", "nmse_se", "delta_ce", "delta_ce_se")}
-    replicates = {key: [result["replicates"][key] for result in found.values()]
-                  for key in ("nmse", "delta_ce")}
-    sizes = pick(found[at[0]], "tokens", "contexts")
+    collect = lambda results, *keys: {key: [r[key] for r in results] for key in keys
+                                      if key in results[0]}
+    results, sizes = list(found.values()), pick(found[at[0]], "tokens", "contexts")
+    lists = collect(results, "nmse", "nmse_se", "delta_ce", "delta_ce_se")
+    replicates = collect([r["replicates"] for r in results], "nmse", "delta_ce")
     return {"at": at} | lists | sizes | {"replicates": replicates}
 
-def encode_above(sae, u, theta):
-    """J_θ(z) = z 1(z > θ) of u (N, d), θ >= 0: values, indices as wide as any row needs."""
-    width = min(4 * sae.k, sae.n_latents)
-    while True:
-        values, indices = sae.encode(u, width)
-        if width == sae.n_latents or values.amin(1).max() <= theta:
-            return values * (values > theta), indices
-        width = min(2 * width, sae.n_latents)
+def thresholded(sae, theta):
+    """The autoencoder with one threshold θ >= 0 in place of TopK: J_θ(a) = a 1(a > θ)."""
+    own = copy.copy(sae)
+    own._parameters, own._buffers = dict(sae._parameters), dict(sae._buffers)
+    own.k, own.theta = sae.n_latents, torch.full_like(sae.b_enc, theta)
+    own.b_enc = torch.nn.Parameter(sae.b_enc - theta)
+    return own
 
 def calibrate_threshold(sae, x):
     """θ at which the mean L0 of J_θ on raw x (..., d) is k. Exact."""
@@ -447,13 +499,14 @@ def calibrate_threshold(sae, x):
         widest = max(v.shape[1] for v in parts)  # with width = n they may differ
         values = torch.cat([F.pad(v, (0, widest - v.shape[1])) for v in parts])
         rank = values.numel() - sae.k * len(values)
-        theta = values.flatten().kthvalue(rank).values.item() if rank > 0 else 0.0
+        between = (values.flatten().kthvalue(rank + i).values.item() for i in (0, 1))
+        theta = sum(between) / 2 if rank > 0 else 0.0
         if width == sae.n_latents or theta >= values.amin(1).max():  # no row was cut short
             return theta
         width = min(2 * width, sae.n_latents)
 
 @metric(lambda c: fixed_threshold(c.sae, c.site, c.chosen, c.more[: c.few], c.val, c.document),
-    needs="more", rows=[
+    needs=("more",), rows=[
     ("l0", "L0 at a fixed threshold", "latents/token"), ("nmse", "NMSE at a fixed threshold"),
     ("delta_ce", "ΔCE at a fixed threshold", "nats/token", "contexts")])
 def fixed_threshold(sae, site, tokens, train, x, document=None):
@@ -461,9 +514,10 @@ def fixed_threshold(sae, site, tokens, train, x, document=None):
     the held-out x (both (contexts, T, d)), ΔCE on tokens (C, T). Raises UserError where k = n.
     document: as in `test_time_k`."""
     if sae.k == sae.n_latents:
-        raise UserError("a ReLU autoencoder has no k to calibrate a threshold for")
+        kind = "ReLU" if sae.theta is None else "JumpReLU"
+        raise UserError(f"a {kind} autoencoder has no k to calibrate a threshold for")
     theta = calibrate_threshold(sae, train)
-    encoders = {"theta": partial(encode_above, sae, theta=theta)}
+    encoders = {"theta": thresholded(sae, theta).encode}
     found = other_codes(sae, site, tokens, x, encoders, "fixed threshold", document)
     return found["theta"] | {"theta": theta}
 
@@ -523,14 +577,16 @@ def newton_logistic(z, y, steps=100, tol=1e-9):
 
 def best_probe(features, width, y, fit, rest):
     """The best probe of y on `width` features (slice -> (N, m)), fitted on examples `fit`: its loss
-    there, and `held_out`, its loss on the others."""
-    best, m = {"loss": math.inf}, max(1, 2**21 // len(fit))
+    there, and `held_out`, its loss on the others, where it is no surer than 1 in 2 len(fit): one
+    that separates them would be as sure as one likes."""
+    best, m, most = {"loss": math.inf}, max(1, 2**21 // len(fit)), math.log(2 * len(fit))
     for start in range(0, width, m):
         z = features(slice(start, start + m)).float()
         loss, w, b = newton_logistic(z[fit], y[fit])
         i = int(loss.argmin())
         if loss[i] < best["loss"]:
-            held_out = logistic_loss(z[rest, i] * w[i] + b[i], 2 * y[rest] - 1.0).item()
+            margin = (z[rest, i] * w[i] + b[i]).clamp(-most, most)
+            held_out = logistic_loss(margin, 2 * y[rest] - 1.0).item()
             best = {"loss": loss[i].item(), "held_out": held_out, "index": start + i}
     return best
 
@@ -541,7 +597,7 @@ def probe_rows(result):
 
 @metric(lambda c: probes(c.sae, text_tasks(c.sae, c.site, c.encoding, c.texts, c.where["context"])
     if c.texts else token_tasks(c.sae, c.val, c.val_tokens, c.encoding)),
-    depends=("probes",), unit="nats", of="tasks",
+    depends=("probes",), needs=("model",), unit="nats", of="tasks",
     notes=lambda r: ["    {:<28} latent {:.4f}  channel {:.4f}  majority {:.4f}".format(*row)
                      for row in probe_rows(r)],
     page=lambda r: {"tasks": probe_rows(r)}, rows=[
@@ -889,7 +945,7 @@ def n2g_and_samples(c):
     return result | {"explained": len(found), "unexplained": c.sae.n_latents - len(found),
                      "samples": samples}
 
-@metric(n2g_and_samples, needs="more", depends=("latents",), of="latents",
+@metric(n2g_and_samples, needs=("model", "more"), depends=("latents",), of="latents",
     notes=lambda r: ["    skipped, too few positives: {skipped} of {explained} explained; too few"
                      " to explain: {unexplained} latents".format(**r)] + [
                      f"    latent {i}: {'  '.join(text)}" for i, text in r["samples"].items()],
@@ -938,7 +994,7 @@ def prediction_scales(sae, explanations, tokens, x):
     c.more_tokens[: c.n_contexts], c.more[: c.n_contexts],
     c.train and harvest.ngram_losses(c.train.tokens, c.chosen.numpy(), c.site.n_vocab)[1],
     c.document),
-    needs="more", depends=("latents",), unit="nats/token",
+    needs=("model", "more"), depends=("latents",), unit="nats/token",
     notes=lambda r: ["    {explained} of {of_latents} latents explained, the others are zero"
                      .format(**r)], rows=[
     ("ce", "CE of the explanations"), ("delta_ce", "ΔCE of the explanations"),
@@ -996,6 +1052,7 @@ def ablation_shares(site, row, at, parts):
     return shares[shares.isfinite().all(1)].double()
 
 @metric(lambda c: ablation_sparsity(c.sae, c.site, c.chosen, document=c.document), of="samples",
+    needs=("model",),
     rows=[
     (kind + where, label, unit) for where, first, unit in (
         ("", "logits moved by ablating a latent", "of V T"),
@@ -1184,7 +1241,7 @@ def read_runs(paths):
         flops = 6 * own["d_model"] * own["n_latents"]  # a token, dense, as the appendix counts
         lines = [line for line in read_lines(path / "log.jsonl") if "val_nmse" in line]
         curve = [(flops * line["tokens"], line["val_nmse"]) for line in lines]
-        where = {name: meta.get(name + "_sha256", meta.get(name)) for name in PLACE}
+        where = {name: meta.get(name + "_sha256", meta.get(name)) for name in ("acts", *PLACE)}
         runs.append({"path": str(path), "tokens": meta["tokens"], "nmse": score, "curve": curve,
                      "where": where} | pick(own, "n_latents", "k"))
     if len(kinds := sorted({str(run["where"]) for run in runs})) > 1:
@@ -1311,7 +1368,7 @@ def decoder_rows(sae, site, live, k, near):
     """Of latents live (L): direct effect on the logits over its largest, and nearest rows."""
     parts = defaultdict(list)
     every = F.normalize(sae.W_dec.float(), dim=1)
-    unembedding = site.model.wte.weight.float()
+    unembedding = site.model.wte.weight.float() if site else every[:0, :0]
     to_int16 = lambda v: (32767 * v).round().to(torch.int16)  # of -1 to 1
     for w in sae.W_dec[torch.from_numpy(live).to(every.device)].float().split(1024):
         if w.shape[1] == unembedding.shape[1] and site.name != "mlp_post_act":
@@ -1353,6 +1410,9 @@ def measured_effects(sae, site, tokens, latents, at, values, k):
     names = ("effect", "effect value", "effect size")
     return {n: torch.cat(v).cpu()[back].numpy() for n, v in zip(names, zip(*found))}
 
+def known_tokens(encoding):
+    return [*map(encoding.encode_single_token, encoding.token_byte_values()), encoding.eot_token]
+
 @torch.no_grad()
 def report(sae, site, tokens, x, encoding, most=0, held_out=None, examples=6, bins=12, seed=0):
     """What the page shows of single latents, from tokens (C, T) with raw activations x (C, T, d),
@@ -1362,25 +1422,27 @@ def report(sae, site, tokens, x, encoding, most=0, held_out=None, examples=6, bi
     sample of latents, 0: all that fire. held_out: so many contexts, the first, are (default:
     all)."""
     C, T = tokens.shape
-    ids = tokens.flatten().numpy()
+    V = site.n_vocab if site else T  # without a model, positions stand for words
+    ids = tokens.flatten().numpy() if site else tokens.flatten().numpy() % T
     live, row, token, value = live_pairs(sae, x, most, seed)
     stats = moments(row, value, C * T)
     peak = stats["max"]
     counts, edges = np.histogram(value, 40)
     bin_of = np.minimum(bins - 1, (value / peak[row] * bins).astype(int))
-    main, share = main_tokens(row, ids[token], value, site.n_vocab)
+    main, share = main_tokens(row, ids[token], value, V)
     order, place = ranked(row, value)
     highest = token[order[place == 0]]
-    k, near = min(8, site.n_vocab // 2), min(6, sae.n_latents)
+    k, near = min(8, V // 2), min(6, sae.n_latents)
     numbers = decoder_rows(sae, site, live, k, near)
-    numbers |= measured_effects(sae, site, tokens, live, highest, peak, k)
+    numbers |= measured_effects(sae, site, tokens, live, highest, peak, k) if site else {}
     shown = example_contexts(row, token, value, peak, T, examples)
-    known = [*map(encoding.encode_single_token, encoding.token_byte_values()), encoding.eot_token]
-    vocabulary = {i: "".join(spell([i], encoding)) for i in known}  # with gaps
+    vocabulary = dict(enumerate(f"{i} " for i in range(T))) if not site else {
+        i: "".join(spell([i], encoding)) for i in known_tokens(encoding)}  # with gaps
     return {"T": T, "n_live": len(live), "held_out": C if held_out is None else held_out,
             "normalized": sae.normalized, "bins": bins, "top": k, "near": near,
             "examples": examples, "tokens": pack(ids), "latents": pack(live.astype(np.uint32)),
-            "vocabulary": [vocabulary.get(i, "") for i in range(site.n_vocab)],
+            "vocabulary": [vocabulary.get(i, "") for i in range(V)],
+            "rows": None if site else pack(tokens[:, 0].numpy()),
             "activations": {"edges": edges.tolist(), "counts": counts.tolist()},
             "histogram": pack(np.bincount(row * bins + bin_of, minlength=len(live) * bins)),
             "stats": {name: pack(v.astype(np.float32)) for name, v in stats.items()},
@@ -1430,14 +1492,16 @@ def make_report(case, results, runs):
 # The command line.
 
 def load(path, device):
-    """A run directory or a file -> (SAE, its file, the JSON file for its results)."""
+    """A run directory, another library's folder, or a file -> (SAE, its file, the JSON file for its
+    results)."""
     path = Path(path)
     file = path / "sae.pt" if path.is_dir() else path
     out = path / "evals.json" if path.is_dir() else path.with_suffix(".evals.json")
     if not file.exists() and any(path.glob("checkpoint*")):
         raise UserError(f"{path} is not finished; continue it with: python sae.py --resume --out"
                         f" {path}")
-    return Sparse.load(file, device), file, out
+    sae = Sparse.load(path, device)
+    return sae, next((f for f in map(path.joinpath, FOREIGN) if f.exists()), file), out
 
 def stamp(path):
     """A file as something that changes with it."""
@@ -1445,7 +1509,7 @@ def stamp(path):
 
 def changed(there, known):
     """What is not as `known`, where an autoencoder was trained, in the meta `there`."""
-    pairs = ((name, there[name], value) for name, value in known.items())
+    pairs = ((name, there.get(name), value) for name, value in known.items())
     return "; ".join(f"{name}: {a} there, {b} trained on" for name, a, b in pairs if a != b)
 
 class Case:
@@ -1471,10 +1535,12 @@ class Case:
         if where["d_model"] != d:
             raise UserError(f"{run} is for activations of width {d}, these have {where['d_model']};"
                             " give its own --model, --layer and --site")
-        self.site = Site(model, where["layer"], where["site"])
-        kind = f"TopK k = {k}" if k < n else "ReLU"
-        self.about = (f"{run}: {where['model']}, layer {where['layer']}, {where['site']}, d = {d},"
-                      f" n = {n}, {kind}; text: {where['text']}")
+        self.site = model and Site(model, where["layer"], where["site"])
+        kind = f"TopK k = {k}" if k < n else "ReLU" if self.sae.theta is None else "JumpReLU"
+        inputs = "normalised" if self.sae.normalized else "raw"
+        text = f"; text: {where['text']}" if model else ""
+        self.about = (f"{run}: {harvest.called(where)}, d = {d}, n = {n}, {kind}, {inputs}"
+                      f" inputs{text}")
         self.sample(held_out, max(1, n_tokens // where["context"]))
         sampled = harvest.sha256([self.val_tokens.numpy().tobytes()])
         settings = {"where": where, "trained": self.sae.meta, "file": stamp(file), "text": sampled}
@@ -1487,19 +1553,24 @@ class Case:
         still there; else of held-out text, and None. And model and encoding."""
         a, meta = self.a, self.sae.meta
         asked = {name: value for name in PLACE if (value := getattr(a, name)) is not None}
-        if not (a.acts or {"model", "layer"} <= meta.keys() | asked.keys()):
-            raise UserError(f"{self.run} does not say whose activations it was trained on; give "
-                            "--acts, or --model, --layer and --site")
         known = {name: meta[name] for name in ("layer", "site", *HASHES) if name in meta}
         known = {n: v for n, v in known.items() if n.removesuffix("_sha256") not in asked}
-        acts = a.acts or self.config.get("acts")
-        if a.acts or acts and harvest.is_harvested(acts):
-            held_out, train = harvest.Acts(acts, "val"), harvest.Acts(acts, "train")
+        acts, whose = a.acts or self.config.get("acts"), {"model", "layer"} <= {*meta, *asked}
+        there = harvest.is_harvested if whose else os.path.exists
+        if a.acts or acts and there(acts):
+            train, held_out = harvest.open_acts(acts)
+            if "model" not in train.meta and a.acts:
+                known = {}  # any activations of that width
             told = changed(train.meta, known) or harvest.differs(train.meta, asked)
             if not told:
-                return held_out, train, *self.load_model(train.meta)
+                own = self.load_model(train.meta) if "model" in train.meta else (None, None)
+                return held_out, train, *own
             if a.acts:
                 raise UserError(f"{acts} holds other activations ({told}); give other --acts")
+        if not whose:
+            gone = f"was trained on activations that are no longer at {acts}"
+            why = gone if "acts_sha256" in meta else "does not say whose activations it is for"
+            raise UserError(f"{self.run} {why}; give --acts, or --model, --layer and --site")
         if (text := asked.get("text") or meta.get("text")) == "-" and not a.text:
             raise UserError(f"{self.run} was trained on standard input; give --text or --acts")
         harvest.check_options(text, site := asked.get("site") or meta.get("site", SITES[3]))
@@ -1537,12 +1608,26 @@ class Case:
         self.chosen = tokens[: self.n_contexts]
         self.few = max(1, 2**14 // T)  # contexts for what is slow
         self.missing = {}  # what cannot be had: why
+        if not self.site:
+            self.missing["model"] = "there is no language model behind these activations"
+        if self.where.get("flat"):
+            self.missing["contexts"] = "these activations are rows (N, d), not in contexts"
         if not len(more):
             self.missing["more"] = "the held-out text is too short; give more --text"
         if not self.train or self.train.meta["tokens_sha256"] != self.sae.meta.get("tokens_sha256"):
             self.missing["trained_on"] = "the activations it was trained on are not at hand"
         elif self.config.get("tokens", 0) < self.train.n_train or not len(self.train.kept):
             self.missing["trained_on"] = "not all that could be trained on was"
+
+    @property
+    def words(self):
+        """The held-out tokens, if that is what they are."""
+        return self.val_tokens if self.site else None
+
+    @property
+    def in_contexts(self):
+        """The held-out activations (contexts, T, d), each alone if there are none."""
+        return self.val.flatten(0, 1)[:, None] if self.where.get("flat") else self.val
 
     @cached_property
     def trained_and_kept(self):
@@ -1621,8 +1706,8 @@ def evaluate(run, wanted, a):
         this = METRICS[name]
         asked = case.sizes | {key: getattr(case, key) for key in this.depends}
         try:
-            if this.needs in case.missing:
-                raise UserError(case.missing[this.needs])
+            for need in filter(case.missing.get, this.needs):
+                raise UserError(case.missing[need])
             if a.again or results.get(name, {}).get("asked") != asked:
                 results[name] = fresh[name] = {"asked": asked} | this.compute(case)
         except UserError as e:  # too little data for this one: the others go on
@@ -2011,13 +2096,15 @@ function contextView(r, i) {
     {title: `${text}  ${figure(acts[t])}`, style: acts[t] ? `--share: ${share(t)}` : null}, text);
   const rows = zip(tokens.map(visible), acts).map((row, t) => [t, ...row]).filter(row => row[2]);
   const source = context < data.held_out ? 'held-out' : 'training';
+  const row = data.rows && figure(array.rows[context]);
+  const what = row ? `row ${row} and on, ${source}` : `${source} text`;
   const percent = Math.round(100 * share(peak));
   return el('div', el('div.context', tokens.map(visible).map(token)),
-    details(`peak ${figure(acts[peak])}, ${percent} % of its maximum, ${source} text; values`,
+    details(`peak ${figure(acts[peak])}, ${percent} % of its maximum, ${what}; values`,
       table(['position', 'token', 'activation'], rows)));
 }
 function effects(r, name, unit, scale) {
-  if (!array[name]) return el('p.faint', 'not defined at this site');
+  if (!array[name]) return el('p.faint', data.rows ? 'no model here' : 'not defined at this site');
   const k = data.top;
   const rows = pairsOf(name, name + ' value', 2 * k, r).map(([id, v]) => [word(id), v * scale]);
   const list = (title, some) => el('div', title, table(['token', unit], some, title));
@@ -2030,7 +2117,8 @@ function latent(id) {
   if (!order.includes(r)) arrange({wanted: '', fewest: 0});
   const examples = upTo(array['per latent'][r]).map(i => contextView(r, i));
   const patterns = data.patterns[id]?.map(pattern => el('li', pattern));
-  const [loss, kl] = rowOf('effect size', 2, r);
+  const measured = array['effect size'];
+  const [loss, kl] = measured ? rowOf('effect size', 2, r) : [];
   const change = Number.isNaN(loss) ? 'no next token is there to lose on'
     : `the loss changes by ${figure(loss)}`;
   const near = pairsOf('near', 'near cosine', data.near, r).filter(([other]) => other !== +id);
@@ -2053,7 +2141,7 @@ function latent(id) {
       el('section', el('h2', 'Next tokens: direct effect'), el('p.faint',
         'decoder row through the final norm and the unembedding, relative to the largest'),
         effects(r, 'direct', 'relative', 1 / 32767)),
-      el('section', el('h2', 'Next tokens: measured effect'), el('p.faint',
+      el('section', el('h2', 'Next tokens: measured effect'), measured && el('p.faint',
         `at its highest activation; without it ${change}, KL is ${figure(kl)} nats`),
         effects(r, 'effect', 'nats', 1)),
       el('section', plot('Activations where it fires', 'activation', 'tokens', [{points}], {bars}),

@@ -30,13 +30,16 @@ import heapq
 import itertools
 import json
 import math
+import mmap
 import os
 import platform
+import re
 import socket
 import sys
 import sysconfig
 import time
 import urllib.request
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +52,8 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from sae import read_safetensors
 
 SITES = ("resid_delta_attn", "resid_post_attn", "resid_delta_mlp", "resid_post_mlp", "mlp_post_act")
 CACHE = Path(os.environ.get("SAE_CACHE", Path(__file__).parent / "cache"))
@@ -385,23 +390,6 @@ def download(url, path):
         remedy = f"copy it to {path} by hand, name your own --text, or use --model stdlib"
         raise UserError(f"cannot download {url} ({getattr(e, 'reason', e)}); {remedy}") from e
     return path
-
-def read_safetensors(path):
-    """-> dict of tensors. The file: 8 bytes of header length, a JSON header, little-endian data."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
-    dtypes |= {"I64": torch.int64, "I32": torch.int32, "BF16": torch.bfloat16, "BOOL": torch.bool}
-    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # a memory map
-    start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
-    header = json.loads(raw[8:start].numpy().tobytes())
-    header.pop("__metadata__", None)
-    if len(raw) < start + max((t["data_offsets"][1] for t in header.values()), default=0):
-        raise ValueError("it is cut short")
-    tensors = {}
-    for name, t in header.items():
-        a, b = t["data_offsets"]
-        own = raw[start + a : start + b].clone()  # which begins where any type may
-        tensors[name] = own.view(dtypes[t["dtype"]]).view(t["shape"])
-    return tensors
 
 def read_file(path):
     """A file of weights, of any kind -> dict. Raises UserError."""
@@ -1031,7 +1019,7 @@ def write_shards(model, encoding, docs, out, meta, batch):
 # --------------------------------------------------------------------------------------------------
 # Reading back. A batch is a pure function of (seed, step): a resumed run sees the same ones.
 
-BLOCK = 4096  # contexts mixed at a time: 262,144 tokens, 400 MB at d = 768 in float16
+BLOCK = 2**18, 2**28  # mixed at a time: so many tokens, and bytes at most
 
 def shuffled_blocks(n_contexts, block, seed, first):
     """Yield (rows, permutation seed) for block first, first + 1, ...: epoch after epoch, all
@@ -1050,14 +1038,26 @@ def ahead(iterator):
             coming = pool.submit(next, iterator, None)
             yield item
 
+def apart(shape, dtype):
+    """An empty tensor outside the heap, in which blocks of this size would leave holes."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size or not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
 def rebatch(blocks, batch, skip):
-    """Endless blocks of activations (n, d) -> batches (batch, d), without the first `skip` rows."""
-    rest = next(blocks)[skip:]
+    """Endless blocks of activations (n, d) -> batches (batch, d), without the first `skip` rows. No
+    block is held while the next one is made."""
+    rest, block = [], next(blocks)[skip:]
     while True:
-        while len(rest) >= batch:
-            yield rest[:batch]
-            rest = rest[batch:]
-        rest = torch.cat([rest, next(blocks)])
+        while sum(map(len, rest)) + len(block) >= batch:
+            need = batch - sum(map(len, rest))
+            yield torch.cat([*rest, block[:need]]) if rest else block[:need]
+            rest, block = [], block[need:]
+        rest.append(block.clone())
+        del block
+        block = next(blocks)
 
 def read_meta(path):
     """meta.json of a harvested directory. Raises UserError for another kind of file."""
@@ -1078,19 +1078,28 @@ def is_harvested(path):
     """Whether a complete harvest is at `path`: False for none or part of one. Raises UserError."""
     return (Path(path) / "meta.json").exists() and read_meta(path)["complete"]
 
+def npy_header(f):
+    """An open .npy file -> (shape, in Fortran's order, dtype), the file at its data. ValueError."""
+    version = np.lib.format.read_magic(f)
+    header = np.lib.format
+    read = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
+    shape, fortran, dtype = read(f)
+    if dtype.kind not in "fiub" or not dtype.isnative:
+        raise ValueError(f"values of type {dtype.str}")
+    return shape[::-1] if fortran else shape, fortran, dtype
+
 def map_npy(file):
     """A .npy file as a tensor of its shape, memory-mapped, writable in memory only; unlike those of
     np.load it holds no file open, of which a process may have few. Raises ValueError."""
     with open(file, "rb") as f:
-        np.lib.format.read_magic(f)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        shape, fortran, dtype = npy_header(f)
         start, size = f.tell(), os.fstat(f.fileno()).st_size
-    count = math.prod(shape)
-    if fortran or dtype != np.float16:
-        raise ValueError(f"{dtype} values, not float16")
-    if size != start + 2 * count:
-        raise ValueError(f"{size} bytes, not {start + 2 * count}")
-    return torch.from_file(str(file), size=size // 2, dtype=torch.float16)[start // 2 :].view(shape)
+    count, width = math.prod(shape), dtype.itemsize
+    if size != start + width * count:
+        raise ValueError(f"{size} bytes, not {start + width * count}")
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    flat = torch.from_file(str(file), size=size // width, dtype=kind)[start // width :]
+    return flat.view(shape).permute(*reversed(range(len(shape)))) if fortran else flat.view(shape)
 
 def open_shard(tokens_file, length, d):
     """-> tokens (n, length) array, activations (n, length, d), mapped. Raises UserError."""
@@ -1098,6 +1107,8 @@ def open_shard(tokens_file, length, d):
     try:
         tokens = np.load(tokens_file, allow_pickle=False)
         acts = map_npy(file)
+        if acts.dtype != torch.float16:
+            raise ValueError(f"{acts.dtype} values, not float16")
     except (ValueError, EOFError) as e:
         damage = f"{file} is damaged ({str(e).splitlines()[0][:60]})"
         advice = 'move it and its tokens file away, set "complete" to false in meta.json'
@@ -1114,9 +1125,9 @@ def starts_in(tokens, eot):
 
 class Acts:
     """A harvested directory, memory-mapped: `meta` (dict), `tokens` (contexts, T) int32, `acts` (a
-    list of float16 tensors, one a shard, each (contexts, T, d)), `len()` in contexts, `document`
-    (the number of the one in which each context starts), `kept` (contexts that `batches` keeps
-    back), `n_train` (tokens that it does not); `acts[rows]` -> (tokens, activations). Raises
+    list of float16 tensors, one a shard, each (contexts, T, d)) of `files`, `len()` in contexts,
+    `document` (the number of the one in which each context starts), `kept` (contexts that `batches`
+    keeps back), `n_train` (tokens that it does not); `acts[rows]` -> (tokens, activations). Raises
     UserError."""
     def __init__(self, path, split="train"):
         self.path, self.split = Path(path), split
@@ -1134,34 +1145,42 @@ class Acts:
         if found != wanted:
             holds = f"{self.path / split} holds {found} of {wanted} tokens"
             raise UserError(f"{holds}: shards are missing; harvest again")
+        self.files = [f.with_name(f.name.replace("tokens", "acts")) for f in files]
         self.acts = [acts for _, acts in shards]
         self.tokens = np.concatenate([tokens for tokens, _ in shards])
-        self.d_model, self.document = self.meta["d_model"], starts_in(self.tokens, self.meta["eot"])
-        self.kept = np.arange(KEEP - 1, len(self.tokens), KEEP)
-        self.n_tokens, self.n_train = found, found - self.tokens[self.kept].size
+        self.rows, self.document = np.arange(len(self)), starts_in(self.tokens, self.meta["eot"])
+        self.count()
+
+    def count(self):
+        """What follows from the rest."""
+        self.d_model, self.n_tokens = self.meta["d_model"], self.tokens.size
+        self.kept = np.arange(KEEP - 1, len(self), KEEP)
+        self.n_train = self.n_tokens - self.tokens[self.kept].size
         self._starts = np.cumsum([0] + [len(acts) for acts in self.acts])
 
     def __len__(self):
         return len(self.tokens)
 
     def __getitem__(self, rows):
-        """rows: context numbers (array) or a slice -> (tokens (n, T) int64, activations (n, T, d)
-        float16), on CPU. Raises UserError for NaN or Inf."""
+        """rows: context numbers (array) or a slice -> (tokens (n, T) int64, activations (n, T, d)),
+        on CPU. Raises UserError for NaN or Inf."""
         rows = np.arange(len(self))[rows]
         acts = self.read(rows)
-        bad = rows[~acts.isfinite().flatten(1).all(1).numpy()]
+        bad = self.rows[rows[~acts.isfinite().flatten(1).all(1).numpy()]]
         if len(bad):
             shard = int(np.searchsorted(self._starts, bad[0], side="right")) - 1
-            file = f"{self.path / self.split}/acts-{shard:05d}.npy"
-            where = f"{file}, row {bad[0] - self._starts[shard]}"
-            raise UserError(f"NaN or Inf in {where}; harvest that directory again")
+            where = f"{self.files[shard]}, row {bad[0] - self._starts[shard]}"
+            where += f" (of {self.acts[0].shape[1]} each)" if self.meta.get("flat") else ""
+            raise UserError(f"NaN or Inf in {where}; make these activations anew")
         return torch.from_numpy(self.tokens[rows]).long(), acts
 
     def read(self, rows, pinned=False):
-        """Activations (n, T, d) float16 of context numbers `rows`, unchecked, by all cores."""
+        """Activations (n, T, d) of context numbers `rows`, unchecked, by all cores."""
+        rows = self.rows[rows]
         shard = np.searchsorted(self._starts, rows, side="right") - 1
         shape = (len(rows), *self.acts[0].shape[1:])
-        out = torch.empty(shape, dtype=torch.float16, pin_memory=pinned)
+        kind = self.acts[0].dtype
+        out = torch.empty(shape, dtype=kind, pin_memory=True) if pinned else apart(shape, kind)
         cuts = [0, *np.flatnonzero(np.diff(shard)) + 1, len(rows)]  # runs of rows from one shard
         for a, b in zip(cuts, cuts[1:]):
             if a < b:
@@ -1170,11 +1189,12 @@ class Acts:
         return out
 
     def batches(self, batch, seed=0, step=0, device="cpu", part=0, parts=1):
-        """Yield float16 (batch, d) for ever, from step `step` on: contexts shuffled over the whole
-        set, less those `kept` back, tokens within BLOCK contexts; each of several parts has its
-        own, and all as many."""
+        """Yield (batch, d) for ever, from step `step` on: contexts shuffled over the whole set,
+        less those `kept` back, tokens within a BLOCK of them; each of several parts has its own,
+        and all as many."""
         n, T = (len(self) - len(self.kept)) // parts, self.tokens.shape[1]
-        block = min(BLOCK, n)
+        each = min(BLOCK[0], BLOCK[1] // (self.d_model * self.acts[0].itemsize))  # tokens
+        block = max(1, min(each // T, n))
         epoch, start = divmod(step * batch, n * T)
         first, skip = divmod(start, block * T)
         first += epoch * math.ceil(n / block)
@@ -1189,7 +1209,9 @@ class Acts:
             return self[rows][1].flatten(0, 1), order
 
         def mix(acts, order):
-            return acts.to(device, non_blocking=True)[order.to(device, non_blocking=True)]
+            if cuda:
+                return acts.to(device, non_blocking=True)[order.to(device, non_blocking=True)]
+            return torch.index_select(acts, 0, order, out=apart(acts.shape, acts.dtype))
 
         blocks = itertools.starmap(read, shuffled_blocks(n, block, seed, first))
         return rebatch(itertools.starmap(mix, ahead(blocks) if cuda else blocks), batch, skip)
@@ -1200,6 +1222,112 @@ class Acts:
         n = max(1, n_tokens // self.tokens.shape[1])
         rows = np.random.default_rng(seed).permutation(len(self))[skip : skip + n]
         return *self[rows], torch.from_numpy(self.document[rows])
+
+ARRAYS = ".npy", ".npz", ".pt", ".safetensors"
+ROWS, GROUP = 64, 1024  # rows of (N, d) read together, and about so many held out together
+
+def map_npz(file):
+    """A .npz file -> {name: tensor}, memory-mapped unless they are compressed."""
+    found = {}
+    with zipfile.ZipFile(file) as members, open(file, "rb") as f:
+        for member in members.infolist():
+            name = member.filename.removesuffix(".npy")
+            if member.compress_type != zipfile.ZIP_STORED:
+                with np.load(file) as arrays:
+                    found[name] = torch.from_numpy(arrays[name])
+                continue
+            f.seek(member.header_offset + 26)
+            f.seek(sum(int.from_bytes(f.read(2), "little") for _ in range(2)), os.SEEK_CUR)
+            shape, fortran, dtype = npy_header(f)
+            array = np.memmap(file, dtype, "c", f.tell(), shape)
+            found[name] = torch.from_numpy(array.T if fortran else array)
+    return found
+
+def map_pt(file):
+    """A .pt file -> {name: what it holds}, memory-mapped unless it is of the old kind."""
+    load = functools.partial(torch.load, file, map_location="cpu", weights_only=True)
+    try:
+        found = load(mmap=True)
+    except RuntimeError:
+        found = load()
+    found = dict(enumerate(found)) if isinstance(found, (list, tuple)) else found
+    return found if isinstance(found, dict) else {"it": found}
+
+def read_array(file):
+    """The activations in a file of one of the kinds ARRAYS: (N, d) or (contexts, T, d), floats,
+    memory-mapped. Raises UserError for a file that holds none, or several."""
+    maps = {".npy": lambda f: {"it": map_npy(f)}, ".npz": map_npz, ".pt": map_pt}
+    try:
+        found = maps.get(file.suffix, read_safetensors)(file)
+    except Exception as e:  # zip, pickle and header errors come in many types
+        why = (str(e).splitlines() or [""])[0]
+        raise UserError(f"{file} cannot be read ({type(e).__name__}: {why:.80})") from None
+    found = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
+    fit = [x for x in found.values() if x.is_floating_point() and x.ndim in (2, 3) and x.numel()]
+    if len(fit) != 1:
+        held = [f"{name} {tuple(x.shape)} {x.dtype}" for name, x in found.items()][:8]
+        raise UserError(f"{file} holds {', '.join(held) or 'no tensor'}; activations are one array "
+                        "of floats, (N, d) or (contexts, T, d), in a file of its own")
+    return fit[0]
+
+def array_files(path):
+    """The files of activations at a path, itself or those of a folder, by the numbers in them."""
+    digits = lambda f: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", f.name)]
+    files = Path(path).iterdir() if Path(path).is_dir() else [Path(path)]
+    return sorted((f for f in files if f.suffix in ARRAYS and f.is_file()), key=digits)
+
+class Given(Acts):
+    """Activations of any model, as Acts: a .npy, .npz, .pt or .safetensors of (N, d) or (contexts,
+    T, d), or a folder of such, memory-mapped. Rows (N, d) are taken 64 at a time, as if these were
+    contexts. Of each 20 groups of about 1,024 rows, one is held out: `document` is the number of
+    the group. `tokens` are the numbers of the rows. Raises UserError."""
+    def __init__(self, path, split="train"):
+        self.path, self.split, self.files = Path(path), split, array_files(path)
+        if not self.files:
+            raise UserError(f"no activations at {path}: neither a harvest (meta.json) nor a file "
+                            f"or folder of {', '.join(ARRAYS)}")
+        arrays = [read_array(file) for file in self.files]
+        for file, x in zip(self.files, arrays):
+            alike = x.ndim == arrays[0].ndim and x.dtype == arrays[0].dtype
+            if not alike or x.shape[1:] != arrays[0].shape[1:]:
+                raise UserError(f"{file} holds {tuple(x.shape)} {x.dtype}, {self.files[0].name} "
+                                f"{tuple(arrays[0].shape)} {arrays[0].dtype}; they must be alike")
+        flat = arrays[0].ndim == 2
+        self.acts = [x[: len(x) // ROWS * ROWS].unflatten(0, (-1, ROWS)) if flat else x
+                     for x in arrays]
+        n, T, d = sum(map(len, self.acts)), *self.acts[0].shape[1:]
+        group = np.arange(n) // max(1, min(GROUP // T, n // 400))
+        held = is_val(group)
+        beside = held | np.roll(held, 1) | np.roll(held, -1) if flat else held  # not of one context
+        self.rows = np.flatnonzero(held if split == "val" else ~beside)
+        if not len(self.rows) or not held.any():
+            raise UserError(f"{path} holds {n * T:,} activations, too few to hold some out; give "
+                            f"{21 * T:,} at least")
+        self.tokens = self.rows[:, None] * T + np.arange(T)
+        self.document = group[self.rows]
+        self.meta = {"acts": str(self.path.resolve()), "acts_sha256": sampled_sha256(arrays),
+                     "d_model": d, "context": T, "flat": flat}
+        self.meta["tokens_sha256"] = self.meta["acts_sha256"]
+        self.count()
+
+def sampled_sha256(arrays):
+    """Of shapes, types and 1,024 rows of each array: all of them may be too many to read."""
+    def parts():
+        for x in arrays:
+            some = torch.linspace(0, len(x) - 1, min(len(x), 1024), dtype=torch.double).long()
+            yield f"{tuple(x.shape)} {x.dtype}".encode()
+            rows = x[some, 0] if x.ndim == 3 else x[some]
+            yield rows.contiguous().view(torch.uint8).numpy().data
+    return sha256(parts())
+
+def open_acts(path):
+    """Activations on disk -> (those to train on, held-out ones). Raises UserError."""
+    kind = Given if not (Path(path) / "meta.json").exists() and Path(path).exists() else Acts
+    return kind(path), kind(path, "val")
+
+def called(meta):
+    """What activations are of, for people."""
+    return "{model}, layer {layer}, {site}".format_map(meta) if "model" in meta else meta["acts"]
 
 class Stream:
     """The same interface as Acts without a disk: as training asks for them, `block` contexts at a
@@ -1253,12 +1381,14 @@ def differs(meta, asked):
     """What of `asked`, {name: value}, is not as in the meta of activations: a model or text that is
     a path by its content."""
     def same(name, value):
+        if name not in meta:
+            return False
         if name not in PATHS or value in (*PUBLISHED, "stdlib", "webtext", "-"):
             return meta[name] == value
         content = text_sha256(value) if name == "text" else load_model(value)[0].sha256
         return meta[name + "_sha256"] == content
 
-    return "; ".join(f"{name}: {meta[name]} there, {value} asked for"
+    return "; ".join(f"{name}: {meta.get(name)} there, {value} asked for"
                      for name, value in asked.items() if not same(name, value))
 
 def check_options(text, site):
@@ -1278,12 +1408,9 @@ def source(cfg, alone=True):
     which one of several processes may not. Raises UserError."""
     if cfg.stream and cfg.acts:
         raise UserError(f"--stream reads no activations from disk; leave out --acts {cfg.acts}")
-    if cfg.acts:
-        Acts(cfg.acts)  # which says why, if it is none
     given = {name: getattr(cfg, name) for name in ("model", "text", "layer", "site", "ctx")}
     given = {name: value for name, value in given.items() if value not in (None, "", "auto")}
-    acts = cfg.acts or "acts"
-    cuda = cfg.device.startswith("cuda")
+    acts, cuda = cfg.acts or "acts", cfg.device.startswith("cuda")
     cfg.stream = cfg.stream or cuda and not cfg.acts and not is_harvested(acts)
     if cfg.stream:
         check_options(cfg.text, site := cfg.site or SITES[3])
@@ -1291,7 +1418,7 @@ def source(cfg, alone=True):
         text = cfg.text or default_text(model)
         data = Stream(model, encoding, text, cfg.layer, site, cfg.ctx)
         return data, data, 400_000_000
-    if not is_harvested(acts):
+    if not cfg.acts and not is_harvested(acts):
         options = [f"--{name}={value}" for name, value in given.items()]
         options += [f"--tokens={cfg.tokens}"] if cfg.tokens else []
         missing = f"no complete activations at {acts}"
@@ -1300,12 +1427,12 @@ def source(cfg, alone=True):
             raise UserError(f"{missing}; make them first: {advice}")
         say(f"{missing}: harvesting")
         main([*options, "--out", acts, "--device", cfg.device])
-    data = Acts(acts)
+    data, held_out = open_acts(acts)
     if told := differs(data.meta | {"ctx": data.meta["context"]}, given):
         raise UserError(f"{acts} holds other activations ({told}); name another --acts, or leave "
                         "out what is asked for")
     cfg.acts = str(Path(acts).resolve())
-    return data, Acts(acts, "val"), data.n_train
+    return data, held_out, data.n_train
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)

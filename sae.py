@@ -3,6 +3,8 @@ sae.py: train a TopK autoencoder (Gao et al. 2024, "Scaling and evaluating spars
 
     python sae.py --n_latents 32768 --k 32           # from acts/ if there, else harvests or streams
     python sae.py --n_latents 32768 --k 32 --resume  # continue the run of that name, or begin it
+    python sae.py --acts mine.npy --n_latents 8192   # activations (N, d) of any model
+    python sae.py --export runs/NAME FOLDER          # for SAELens and what reads its files
 
 The method, with x an activation of width d:
 
@@ -17,7 +19,7 @@ The method, with x an activation of width d:
     c = MSE of predicting the mean    values, indices (B, k): the code z, sparse
 
 Section 1 is the whole method, plainly: paste it under the import lines of torch, and it trains.
-Sections 2 to 4 are the same numbers: in steps, fast, on many processes. 5 and 6 are the program.
+Sections 2 to 4 are the same numbers: in steps, fast, on many processes. 5 and 7 are the program.
 Copied alone into another project, this file needs torch and nothing else.
 """
 
@@ -62,8 +64,7 @@ def normalize(x):
     mean = x.mean(-1, keepdim=True)
     centered = x - mean
     norm = centered.norm(dim=-1, keepdim=True)
-    rounding = 4 * torch.finfo(x.dtype).eps * x.shape[-1] ** 0.5 * mean.abs()
-    constant = norm <= rounding  # NaN stays NaN
+    constant = norm <= 4 * torch.finfo(x.dtype).eps * x.shape[-1] ** 0.5 * mean.abs()  # rounding
     return centered / norm.masked_fill(constant, torch.inf), mean, norm.masked_fill(constant, 0.0)
 
 def random_directions(rows, n, d, block=65536):
@@ -72,8 +73,7 @@ def random_directions(rows, n, d, block=65536):
     blocks = range(rows.start // block, -(-rows.stop // block))
     gens = [torch.Generator().manual_seed(seed + b) for b in blocks]
     drawn = [torch.randn(min(block, n - b * block), d, generator=g) for b, g in zip(blocks, gens)]
-    skip = rows.start % block
-    return F.normalize(torch.cat(drawn)[skip : skip + len(rows)], dim=1)
+    return F.normalize(torch.cat(drawn)[rows.start % block :][: len(rows)], dim=1)
 
 class SAE(nn.Module):
     """TopK autoencoder, section 2.3: W_enc (n, d), b_enc (n), W_dec (n, d) of unit rows, b_pre (d).
@@ -84,6 +84,7 @@ class SAE(nn.Module):
             raise ValueError(f"k = {k} must be between 1 and n_latents = {n_latents}")
         self.d_model, self.n_latents, self.k = d_model, n_latents, k
         self.normalized, self.meta = True, {}  # else it takes raw inputs; what it was trained on
+        self.register_buffer("theta", None)  # or (n): z = a 1(a > theta); b_enc is less by it
         self.W_dec = nn.Parameter(random_directions(rows or range(n_latents), n_latents, d_model))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())  # tied at initialisation only
         self.b_enc = nn.Parameter(torch.zeros(len(self.W_dec)))
@@ -97,7 +98,8 @@ class SAE(nn.Module):
     def pre_acts(self, u):
         if u.shape[-1] != self.d_model:
             raise ValueError(f"width {u.shape[-1]}, where the autoencoder has {self.d_model}")
-        return F.linear(u - self.b_pre, self.W_enc, self.b_enc)  # (..., d) @ (d, n) -> (..., n)
+        a = F.linear(u - self.b_pre, self.W_enc, self.b_enc)  # (..., d) @ (d, n) -> (..., n)
+        return a if self.theta is None else a + self.theta * (a > 0)
 
     def encode(self, u, k=None):
         """u (..., d) -> z as values >= 0 and indices, (..., k) each, unsorted; any k <= n."""
@@ -188,39 +190,37 @@ def save(sae, path):
     save_atomic(path, {"sae": plain(own), "state": weights})
 
 def load(cls, path, device="cpu"):
-    """Read what `save` wrote, or one of OpenAI's released files. Raises ValueError for others."""
-    if not os.path.exists(path):
-        how = "python sae.py --n_latents 32768 --k 32"
-        raise ValueError(f"no autoencoder at {path}; train one with: {how}")
+    """Read what `save` wrote, a run's folder, one of OpenAI's files, or a folder of SAELens,
+    sparsify, dictionary_learning or Gemma Scope. Raises ValueError for what is none of them."""
+    path, names = Path(path), ("sae.pt", *FOREIGN)
+    path = next((path / name for name in names if (path / name).exists()), path)
+    if not path.is_file():
+        raise ValueError(f"no autoencoder at {path} (of {', '.join(names)}); train one with: "
+                         "python sae.py --n_latents 32768 --k 32")
+    if path.name in FOREIGN:
+        return from_foreign(cls, path).to(device)
     saved = load_file(path)
     if "pre_bias" in saved:
-        return cls.from_openai(saved).to(device)
+        return from_openai(cls, saved).to(device)
     if not {"sae", "state"} <= saved.keys():
         raise ValueError(f"{path} is neither an autoencoder written by sae.py nor one of OpenAI's")
     try:
         own = saved["sae"]
         sae = cls(own["d_model"], own["n_latents"], own["k"]).to(saved["state"]["W_dec"].dtype)
+        sae.theta = saved["state"].get("theta")
         sae.load_state_dict(saved["state"])
         sae.normalized, sae.meta = own["normalized"], dict(own["meta"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as e:
         raise ValueError(f"{path} is not whole ({type(e).__name__}: {e!s:.80})") from None
     return sae.to(device)
 
-def from_openai(cls, state):
-    """One of OpenAI's released TopK or ReLU autoencoders (openai/sparse_autoencoder, model.py). The
-    TopK ones divide by the unbiased standard deviation (+ 1e-5): their inputs have norm
-    s = sqrt(d - 1), ours norm 1, so biases are divided by s. The ReLU ones take raw inputs."""
-    n, d = state["encoder.weight"].shape
-    kind, details = state.get("activation", "ReLU"), state.get("activation_state_dict", {})
-    if kind not in ("TopK", "ReLU") or details.get("postact_fn", "ReLU") != "ReLU":
-        raise ValueError(f"unknown activation {kind} {details}; TopK and ReLU are supported")
-    sae = cls(d, n, details["k"] if kind == "TopK" else n)
-    sae.normalized, sae.meta = kind == "TopK", {"source": "openai"}
-    s = (d - 1) ** 0.5 if sae.normalized else 1.0
-    weights = {"W_enc": state["encoder.weight"], "W_dec": state["decoder.weight"].T}
-    weights |= {"b_enc": state["latent_bias"] / s, "b_pre": state["pre_bias"] / s}
-    sae.load_state_dict({name: w.float() for name, w in weights.items()})
-    return sae
+def about(sae):
+    """What an autoencoder is, in a line."""
+    kind = "ReLU" if sae.theta is None else "JumpReLU"
+    kind = f"k {sae.k}" if sae.k < sae.n_latents else kind
+    said = [f"{name} {sae.meta[name]}" for name in ("model", "layer", "site") if name in sae.meta]
+    told = [kind, "normalised inputs" if sae.normalized else "raw inputs", *said]
+    return f"d_model {sae.d_model}, n_latents {sae.n_latents}, {', '.join(told)}"
 
 def require(holds, message):
     if not holds:
@@ -241,12 +241,12 @@ def plain(x):
         raise ValueError(f"only numbers, texts, lists and dicts can be saved: {e}") from None
 
 def save_atomic(path, obj):
-    """Save a text, or else by torch.save: `path` is whole in the end, or as it was."""
+    """Save a list of bytes, or else by torch.save: `path` is whole in the end, or as it was."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as f:
-            f.write(obj.encode()) if isinstance(obj, str) else torch.save(obj, f)
+            f.writelines(obj) if isinstance(obj, list) else torch.save(obj, f)
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
@@ -260,15 +260,21 @@ def read(path):
     return path.read_text(errors="replace") if path.exists() else ""
 
 def load_file(path, mmap=False):
-    """torch.load onto the CPU, executing nothing. Raises ValueError for damaged or other files."""
+    """A .pt, .npz or .safetensors as a dict, executing nothing. Raises ValueError for others."""
     try:
+        if str(path).endswith(".safetensors"):
+            return read_safetensors(path)
+        if str(path).endswith(".npz"):
+            import numpy as np
+            return {name: torch.from_numpy(a) for name, a in np.load(path).items()}
         return dict(torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as e:  # zip, pickle and storage errors come in many types
         why = f"({type(e).__name__}); it may be cut short or of another kind"
         raise ValueError(f"{path} is not a readable file of weights {why}") from e
 
 # Methods that a pasted SAE can do without.
-SAE.save, SAE.load, SAE.from_openai = save, classmethod(load), classmethod(from_openai)
+SAE.save, SAE.load, SAE.extra_repr = save, classmethod(load), about
+SAE.device, SAE.dtype = (property(lambda s, a=a: getattr(s.W_dec, a)) for a in ("device", "dtype"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,7 +290,7 @@ def losses(sae, u, c, aux, multi_topk=False):
     wide = 0.0
     if multi_topk:
         wide = (u - sae.decode(values, support)).square().mean() / c / 8
-        values, support = sae.narrower(values, support)
+        values, support = sae.narrower(values, support, sae.k)
     e = u - sae.decode(values, support)
     nmse, e = e.square().mean() / c, e.detach()
     loss = nmse + wide + aux.error(u, e, *dead_code)
@@ -605,7 +611,11 @@ class Sparse(SAE):
         require(u.shape[-1] == d, f"width {u.shape[-1]}, where the autoencoder has {d}")
         require(0 <= k <= self.n_latents, f"k = {k} of {self.n_latents} latents")
         flat = u.reshape(-1, d).to(u.dtype if u.is_floating_point() else self.W_dec.dtype)
-        values, support = self.activate(flat, *self.select(flat, k)[0])
+        wide = k if self.theta is None else self.n_latents
+        values, support = self.activate(flat, *self.select(flat, wide)[0])
+        if self.theta is not None:
+            jumped = torch.where(values > 0, values + self.theta[support.indices], 0.0)
+            values, support = self.narrower(jumped, support, k)
         return tuple(t.view(*u.shape[:-1], t.shape[1]) for t in (values, support.indices))
 
     def decode(self, values, indices):
@@ -620,11 +630,11 @@ class Sparse(SAE):
             e_hat = sparse_decode(values, support, W_dec)
         return self.together(e_hat)
 
-    def narrower(self, values, support):
+    def narrower(self, values, support, k):
         """A code wider than k -> (values, Support) of its k largest."""
-        best = topk(values.detach(), min(self.k, values.shape[1]))[1]
+        best = topk(values.detach(), min(k, values.shape[1]))[1]
         values, indices = values.gather(1, best), support.indices.gather(1, best)
-        return values * (self.keep(values.detach(), self.k) > 0), Support(indices, support.n)
+        return values * (self.keep(values.detach(), k) > 0), Support(indices, support.n)
 
     # What differs where only some of the latents are here (section 4).
     keep = lambda self, values, k: values  # the own largest (B, <= k), those beyond the k of all 0
@@ -1014,11 +1024,11 @@ class Run:
         for torn in self.path.glob("checkpoint-*.part"):
             shutil.rmtree(torn)
         config = dataclasses.asdict(self.cfg) | {"launch": self.launch}
-        save_atomic(self.path / "config.json", json.dumps(config, indent=1))
+        save_atomic(self.path / "config.json", [json.dumps(config, indent=1).encode()])
         until = re.compile(r'{"step": (\d+), .*}\n')  # a crash may have cut a line short
         lines = map(until.fullmatch, read(self.path / "log.jsonl").splitlines(True))
         kept = (line[0] for line in lines if line and int(line[1]) <= step)
-        save_atomic(self.path / "log.jsonl", "".join(kept))
+        save_atomic(self.path / "log.jsonl", [line.encode() for line in kept])
 
     def save(self, trainer):
         """Each shard writes what it owns; the checkpoint before stays."""
@@ -1241,7 +1251,149 @@ def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. The command
+# 6. Files of other libraries
+# Theirs: a = W_enc (x - b_pre) + b_enc, or W_enc x + b_enc; then TopK, a ReLU, or thresholds.
+
+FOREIGN = "sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz", "params.safetensors"
+FORMS = {kind: form for form, kinds in {
+    "topk": "topk AutoEncoderTopK", "relu": "relu None AutoEncoder AutoEncoderNew",
+    "theta": "gated jumprelu params GatedAutoEncoder JumpReluAutoEncoder BatchTopKSAE "
+    "MatryoshkaBatchTopKSAE"}.items() for kind in kinds.split()}
+UNCENTERED = "JumpReluAutoEncoder", "AutoEncoderNew", "params"  # of W_enc x + b_enc
+NAMES = {"encoder.weight": "W_enc", "w_enc": "W_enc", "decoder.weight": "W_dec", "w_dec": "W_dec",
+         "mag_bias": "b_mag", "gate_bias": "b_gate"}
+NAMES |= dict.fromkeys(("encoder.bias", "latent_bias"), "b_enc")
+NAMES |= dict.fromkeys(("decoder.bias", "decoder_bias", "b_dec", "bias", "pre_bias"), "b_pre")
+TURNED = "W_enc", "w_enc", "decoder.weight"  # stored (d, n), (d, n), (d, n)
+NORMS = None, False, "none", "layer_norm", True, "expected_average_only_in"  # last two: in weights
+HOOKS = {"resid_post_mlp": "hook_resid_post", "resid_post_attn": "hook_resid_mid",
+         "resid_delta_attn": "hook_attn_out", "resid_delta_mlp": "hook_mlp_out",
+         "mlp_post_act": "mlp.hook_post"}  # harvest.SITES, as TransformerLens names them
+
+def from_openai(cls, state):
+    """One of OpenAI's released TopK or ReLU autoencoders (openai/sparse_autoencoder, model.py). The
+    TopK ones take normalised inputs, as SAELens' layer_norm, the ReLU ones raw ones."""
+    kind, details = state.get("activation", "ReLU"), state.get("activation_state_dict", {})
+    if kind not in ("TopK", "ReLU") or details.get("postact_fn", "ReLU") != "ReLU":
+        raise ValueError(f"unknown activation {kind} {details}; TopK and ReLU are supported")
+    norm = {"normalize_activations": "layer_norm"} if kind == "TopK" else {}
+    weights = {name: state[name] for name in NAMES if name in state}
+    return assemble(cls, weights, "topk" if norm else "relu", details | norm, "openai")
+
+def from_foreign(cls, file):
+    """An autoencoder of another library, from its file of weights and the configuration beside it.
+    Raises ValueError, naming it, for what has no form here."""
+    try:
+        texts = (read(file.with_name(name)) for name in ("cfg.json", "config.json"))
+        cfg = json.loads(next(filter(None, texts), "{}"))
+        cfg = {**cfg, **cfg.get("trainer", {}), **(cfg.get("metadata") or {})}
+        hook, function = (str(cfg.get(a) or cfg.get(b)) for a, b in (
+            ("hook_name", "hook_point"), ("activation_fn_str", "activation_fn")))
+        named = cfg.get("architecture") or cfg.get("dict_class") or cfg.get("activation")
+        usual = {"sae": "topk", "sae_weights": function} if cfg else {}  # their first said less
+        kind = usual.get(file.stem) if named in (None, "standard") else named
+        kind = "params" if file.stem == "params" else kind
+        odd = [] if kind in FORMS else [kind or "no cfg.json or config.json beside it says what"]
+        odd += ["hook_z"] if hook.endswith("hook_z") else []  # heads, reshaped
+        more = ("transcode", "skip_connection", "signed", "finetuning_scaling_factor",
+                "reshape_activations", "normalize_activations")
+        odd += [f"{x} {cfg[x]}" for x in more if cfg.get(x) not in NORMS[: 6 if "norm" in x else 3]]
+        require(not odd, f"{file}: {', '.join(odd)}; there is no such form here")
+        sae = assemble(cls, load_file(file), kind, cfg, str(file.resolve()))
+        sites = {theirs: site for site, theirs in HOOKS.items()}
+        site = sites.get(hook.split(".", 2)[-1].replace("resid_pre", "resid_post"))
+        if site and (layer := int(hook.split(".")[1]) - ("resid_pre" in hook)) >= 0:
+            model = str(cfg.get("model_name")).removeprefix("openai-community/")
+            sae.meta |= {"model": model.replace("gpt2-small", "gpt2"), "layer": layer, "site": site}
+            sae.meta |= {"context": cfg["context_size"]} if cfg.get("context_size") else {}
+        return sae
+    except (LookupError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{file} and its configuration are not as another library writes them "
+                         f"({e!r:.90})") from None
+
+def assemble(cls, tensors, kind, cfg, source):
+    """An autoencoder from another library's tensors. Codes are as there, but for normalised inputs:
+    theirs have norm s = sqrt(d - 1), ours 1, and codes with them. A gate that opens where
+    W x + b_gate > 0, on a magnitude e^r W x + b_mag, is a threshold on that: b_mag - e^r b_gate."""
+    w = {NAMES.get(name, name): (x.T if name in TURNED else x).float()
+         for name, x in tensors.items()}
+    W, W_dec, b_pre = w.pop("W_enc"), w.pop("W_dec"), w.pop("b_pre")
+    (n, d), normalized = W.shape, cfg.get("normalize_activations") == "layer_norm"
+    b, theta = w.pop("b_enc", w.get("b_mag", torch.zeros(n))), w.pop("threshold", None)
+    if "r_mag" in w:
+        r = w.pop("r_mag").exp()
+        W, theta = W * r[:, None], w.pop("b_mag") - r * w.pop("b_gate")
+    if not cfg.get("apply_b_dec_to_input", kind not in UNCENTERED):
+        b = b + W @ b_pre
+    size = W_dec.norm(dim=1) if cfg.get("rescale_acts_by_decoder_norm") else torch.ones(n)
+    W, b, W_dec = W * size[:, None], b * size, W_dec / size[:, None]
+    k = w.pop("k", None) or cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k")
+    sae = cls(d, n, int(k) if FORMS[kind] == "topk" else n)
+    sae.normalized, sae.meta = normalized, {"source": source}
+    idle = lambda name, x: name == "group_sizes" or name == "scaling_factor" and (x == 1).all()
+    odd = ", ".join(name for name, x in w.items() if not idle(name, x))
+    require(not odd, f"{source} holds {odd}; there is no such form here")
+    s = math.sqrt(d - 1) if normalized else 1.0
+    state = {"W_enc": W, "W_dec": W_dec, "b_enc": b / s, "b_pre": b_pre / s}
+    if FORMS[kind] == "theta":
+        require(theta.ndim or theta >= 0, f"{source}: its threshold was never calibrated")
+        sae.theta = state["theta"] = theta.expand(n).clamp(min=0) / s
+        state["b_enc"] = state["b_enc"] - sae.theta
+    sae.load_state_dict(state)
+    return sae
+
+def to_saelens(sae, folder):
+    """Write cfg.json and sae_weights.safetensors as SAELens 6 reads them (so TransformerLens,
+    SAEBench, SAEDashboard). Its `layer_norm` is our normalisation but for an epsilon of 1e-5 and
+    its norm, s = sqrt(d - 1), as of its codes. Raises ValueError where `folder` holds other files.
+    """
+    weights, config = Path(folder) / FOREIGN[0], Path(folder) / "cfg.json"
+    require({*Path(folder).glob("*")} <= {weights, config}, f"{folder} is not empty")
+    s, theta = math.sqrt(sae.d_model - 1) if sae.normalized else 1.0, sae.theta
+    w = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_enc": sae.b_enc * s, "b_dec": sae.b_pre * s}
+    w |= {} if theta is None else {"b_enc": (sae.b_enc + theta) * s, "threshold": theta * s}
+    told = {"sae_lens_version": "6.0.0", "model_name": sae.meta.get("model"), "prepend_bos": False}
+    if sae.meta.get("site") in HOOKS:
+        told["hook_name"] = f"blocks.{sae.meta['layer']}.{HOOKS[sae.meta['site']]}"
+        told["context_size"] = sae.meta.get("context")
+    kind = "topk" if sae.k < sae.n_latents else "standard" if theta is None else "jumprelu"
+    cfg = {"architecture": kind, "d_in": sae.d_model, "d_sae": sae.n_latents, "k": sae.k,
+           "normalize_activations": "layer_norm" if sae.normalized else "none", "metadata": told,
+           "apply_b_dec_to_input": True, "dtype": "float32", "device": "cpu"}
+    save_atomic(weights, safetensors(w))
+    save_atomic(config, [json.dumps(cfg, indent=1).encode()])
+
+def safetensors(tensors):
+    """Tensors by name -> the parts of a file, float32: length of a JSON header, that, the data."""
+    data = [t.detach().cpu().float().contiguous().numpy().tobytes() for t in tensors.values()]
+    ends = [0, *itertools.accumulate(map(len, data))]
+    header = {name: {"dtype": "F32", "shape": list(t.shape), "data_offsets": ends[i : i + 2]}
+              for i, (name, t) in enumerate(tensors.items())}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    return [len(head).to_bytes(8, "little"), head, *data]
+
+def read_safetensors(path):
+    """-> dict of tensors, memory-mapped. Raises ValueError for a damaged file."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "U8": torch.uint8,
+             "I64": torch.int64, "I32": torch.int32, "BF16": torch.bfloat16, "BOOL": torch.bool}
+    raw, tensors = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8), {}
+    start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
+    header = json.loads(raw[8:start].numpy().tobytes())
+    header.pop("__metadata__", None)
+    for name, t in header.items():
+        kind, (a, b) = kinds[t["dtype"]], t["data_offsets"]
+        require(start + b <= len(raw), f"{path} is cut short")
+        own = raw[start + a : start + b]
+        own = own.clone() if (start + a) % kind.itemsize else own  # to begin where its type may
+        tensors[name] = own.view(kind).view(t["shape"])
+    return tensors
+
+SAE.to_saelens = to_saelens
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. The command
 # The fields of Config are its options; one left at `auto` is chosen by `resolve`.
 
 PAPER_BATCH = 131_072
@@ -1253,7 +1405,8 @@ def option(default, text, auto=""):
 class Config:
     n_latents: int = option(32768, "latents n")
     k: int = option(32, "active latents a token")
-    acts: str = option("", "harvested activations", "acts/; if not there made, on CUDA streamed")
+    acts: str = option("", "a harvest; or .npy, .npz, .pt, .safetensors, or a folder of such, (N, d)"
+                       " or (contexts, T, d)", "acts/; if not there made, on CUDA streamed")
     out: str = option("", "run directory", "runs/n{n_latents}_k{k}, and all else that is given")
     model: str = option("auto", "model when activations must be made: gpt2, ..., stdlib, or a path")
     text: str = option("", "text when activations must be made", "what the model was trained on")
@@ -1341,6 +1494,8 @@ def parse_config(argv=None):
             p.add_argument(f"--{f.name}", type=f.type, help=text)
     add = p.add_argument
     add("--plan", action="store_true", help="print what such a run takes on --world devices")
+    add("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run, or any autoencoder that "
+        "evals.py reads, as SAELens has them, and do nothing else")
     add("--d_model", type=int, default=768, help="with --plan: width of activations (default: 768)")
     add("--world", type=int, default=1, help="with --plan: devices (default: 1)")
     add("--speeds", default="790,4300,50", help="with --plan: a device's TFLOP/s, GB/s of memory, "
@@ -1416,6 +1571,9 @@ def show_plan(cfg, a):
 
 def main(argv=None):
     a, cfg = parse_config(argv)
+    if a.export:
+        (sae := SAE.load(a.export[0])).to_saelens(a.export[1])
+        return print(f"{a.export[1]}: {sae.extra_repr()}, for sae_lens.SAE.load_from_disk")
     if a.plan:
         return show_plan(cfg, a)
     try:
@@ -1439,13 +1597,13 @@ def main(argv=None):
     cfg = resolve(cfg, meta["d_model"], tokens)
     most = 65536 if cfg.device.startswith("cuda") else 8192
     val = held_out.sample(4 * most)[1]
-    val = val[: max(1, len(val) // 4)]
+    val = val[: max(1, len(val) // 4)].clone()
     where = {"chosen_on": len(val)}  # contexts, the first, which evals.py leaves out
-    for name in ("model", "layer", "site", "context", "text"):
+    for name in ("acts", "model", "layer", "site", "context", "text"):
         hashes = name + "_sha256", "tokens_sha256"
         where |= {key: meta[key] for key in (name, *hashes) if key in meta}
     if mesh.rank == 0:
-        print(f"{meta['model']}, layer {meta['layer']}, {meta['site']}: {cfg.tokens:,} tokens, "
+        print(f"{harvest.called(meta)}: {cfg.tokens:,} tokens, "
               f"d {meta['d_model']}, n {cfg.n_latents}, k {cfg.k}, batch {cfg.batch}, lr "
               f"{cfg.lr:.2g}, ema {cfg.ema:.4g}, dead after {cfg.dead_tokens:,} tokens, "
               f"{cfg.precision} on {cfg.device}, {mesh.replicas} x {mesh.shards} processes, into "

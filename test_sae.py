@@ -18,7 +18,7 @@ import datetime
 import functools
 import gzip
 import html
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -88,6 +88,7 @@ def dense_code(pre, k):
 def plain(m):
     """The same autoencoder as section 1 has it."""
     other = S.SAE(m.d_model, m.n_latents, m.k).to(m.W_dec)
+    other.theta = m.theta
     other.load_state_dict(m.state_dict())
     return other
 
@@ -161,7 +162,8 @@ def test_what_one_pastes_is_short(name, most):
 def test_no_process_is_mentioned_above_section_4():
     text = (HERE / "sae.py").read_text().split("# 1. The method\n")[1]
     titles = re.findall(r"^# -{98}\n# (.*)\n", text, re.M)
-    assert titles == ["2. A step", "3. Fast", "4. Large", "5. A run", "6. The command"]
+    assert titles == ["2. A step", "3. Fast", "4. Large", "5. A run",
+                      "6. Files of other libraries", "7. The command"]
     processes = r"(?i)mesh|shard|replica|process|\brank|\bworld|\bdist\."
     assert not re.findall(processes, text.split("# 4. Large")[0])
 
@@ -1114,7 +1116,7 @@ def shares(mesh):
 KILLED_RUN = """
 name, kill_at = {!r}, {}
 mesh, restarts = S.Mesh.join(2), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-cfg = T.tiny_config(T.Path(out), out=out + "/" + name, tokens=64 * 200, minutes=0.0, shards=2)
+cfg = T.tiny_config(T.Path(out), out=out + "/" + name, tokens=64 * 120, minutes=0.0, shards=2)
 step = S.Trainer.step
 def step_or_die(trainer, x, **wishes):
     mine = mesh.shard == restarts % 2
@@ -1128,19 +1130,19 @@ mesh.leave()
 
 
 def test_a_killed_process_costs_nothing_but_time(tmp_path):
-    """Three kills of either shard in 200 steps, restarted each time: an undisturbed run's bits."""
+    """Three kills of either shard in 120 steps, restarted each time: an undisturbed run's bits."""
     again = "--max-restarts", "3", "--monitor-interval", "0.1"
-    kills = {"calm": [], "killed": [1, 77, 140]}
+    kills = {"calm": [], "killed": [1, 50, 90]}
     runs = [torchrun(tmp_path, 2, KILLED_RUN.format(*case), *again) for case in kills.items()]
     assert all(r.returncode == 0 for r in runs), runs[-1].stderr
     a, b = (S.SAE.load(tmp_path / name / "sae.pt") for name in kills)
     assert same_weights(a, b)
     logs = [[line["nmse"] for line in read_log(tmp_path / name)] for name in kills]
-    assert logs[0] == logs[1] and len(logs[0]) == 200
+    assert logs[0] == logs[1] and len(logs[0]) == 120
 
     # the checkpoint of two shards, on one process and on four
     saved = S.read_checkpoint(newest(tmp_path / "calm"))
-    cfg = tiny_config(tmp_path, out=str(tmp_path / "calm"), tokens=64 * 200)
+    cfg = tiny_config(tmp_path, out=str(tmp_path / "calm"), tokens=64 * 120)
     assert [f.name for f in sorted(newest(tmp_path / "calm").iterdir())] == ["0000.pt", "0001.pt"]
     whole = S.restore(saved, cfg)
     for shard in range(4):
@@ -1151,7 +1153,7 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
             expected = tensor if name.startswith("b_pre") else tensor[own.start : own.stop]
             assert torch.equal(part.state()["tensors"][name], expected)
     (newest(tmp_path / "calm") / "0001.pt").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="000200 lacks the file of a shard"):
+    with pytest.raises(ValueError, match="000120 lacks the file of a shard"):
         S.read_checkpoint(newest(tmp_path / "calm"))
     kept = whole.averaged() if a.meta["weights"] == "ema" else whole.sae
     x = planted(50, seed=3)
@@ -1955,7 +1957,7 @@ def test_asked_number_of_tokens(tmp_path_factory, model_file, contexts):
 
 @pytest.mark.parametrize("shuffled", [3, 4096])
 def test_batches_are_honest_and_resumable(acts_dir, monkeypatch, shuffled):
-    monkeypatch.setattr(harvest, "BLOCK", shuffled)
+    monkeypatch.setattr(harvest, "BLOCK", (16 * shuffled, 2**30))
     monkeypatch.setattr(harvest, "KEEP", 5)
     acts = harvest.Acts(acts_dir)
     assert acts.kept.tolist() == list(range(4, len(acts), 5))
@@ -2220,7 +2222,8 @@ def test_threshold_keeps_k_on_average(d, n, k, seed):
         mp.setattr(evals, "CHUNK", 16)
         assert evals.calibrate_threshold(m, u) == pytest.approx(theta, abs=1e-12)
     above = torch.where(dense > theta, dense, 0.0)
-    assert torch.allclose(to_dense(*evals.encode_above(m, u, theta), n), above, atol=1e-12)
+    found = to_dense(*evals.thresholded(m, theta).encode(u), n)
+    assert torch.allclose(found, above, atol=1e-12) and m.theta is None and m.k == k
 
 
 # Probes.
@@ -2597,6 +2600,17 @@ def test_nnls_against_every_support(k, B, seed, correlated):
             on[s] = torch.linalg.solve(G[b][s][:, s], h[b][s])
             best = min(best, value(on, b)) if (on >= 0).all() else best
         assert value(z[b], b) <= best + 1e-8 * (1 + abs(best))
+
+
+def test_a_probe_is_no_surer_than_its_examples():
+    """One that separates the half it was fitted on, and errs once on the other."""
+    y = torch.tensor([0, 1] * 100)
+    z = (2.0 * y - 1)[:, None] + 0.1 * randn(200, 1, dtype=F32)
+    z[199] = -1.0
+    fit, rest = torch.arange(100), torch.arange(100, 200)
+    found = evals.best_probe(lambda part: z[:, part], 1, y, fit, rest)
+    assert found["loss"] < 1e-6
+    assert found["held_out"] == pytest.approx(math.log(201) / 100 + math.log1p(1 / 200), rel=0.1)
 
 
 @pytest.mark.parametrize("scale", [1, 1e-3])
@@ -3293,6 +3307,522 @@ def test_the_report_on_the_command_line(run_dir, tmp_path, acts_dir):
     assert page["n_live"] > 5 and page["plots"]["positions"]["nmse"]
 
 
+# ---------------------------------------------------------------------- activations of any model
+
+
+def given_files(folder):
+    """Every kind of file that holds these (5000, 8) rows, and what it makes of them."""
+    x = randn(5000, 8, seed=4, dtype=F32)
+    npy = lambda name, a: np.save(folder / name, a)
+    npy("a.npy", x.numpy()), npy("half.npy", x.half().numpy())
+    npy("double.npy", x.double().numpy())
+    npy("fortran.npy", np.asfortranarray(x.numpy()))
+    np.savez(folder / "beside.npz", x=x.numpy(), tokens=np.arange(7))
+    np.savez_compressed(folder / "small.npz", x=x.numpy())
+    torch.save(x, folder / "t.pt"), torch.save({"acts": x.bfloat16()}, folder / "dict.pt")
+    torch.save([x], folder / "list.pt")
+    torch.save(x, folder / "old.pt", _use_new_zipfile_serialization=False)
+    S.save_atomic(folder / "s.safetensors", S.safetensors({"x": x}))
+    return x
+
+
+def test_any_kind_of_array_is_read(tmp_path):
+    x = given_files(tmp_path)
+    files = harvest.array_files(tmp_path)
+    assert len(files) == 11
+    for file in files:
+        train, held_out = harvest.open_acts(file)
+        rows = x[: 78 * 64].view(78, 64, 8).to(train.acts[0].dtype)
+        for part in (train, held_out):
+            tokens, acts = part[:]
+            assert torch.equal(acts, rows[part.rows]), file
+            assert torch.equal(tokens, torch.arange(78 * 64).view(78, 64)[part.rows])
+        assert next(train.batches(100)).shape == (100, 8) and len(train.meta["acts_sha256"]) == 16
+    alike = {harvest.Given(tmp_path / f).meta["acts_sha256"] for f in ("a.npy", "t.pt", "old.pt")}
+    assert len(alike) == 1
+
+
+@given(st.integers(40, 900), st.sampled_from([1, 2, 30, 64, 1500]), st.booleans())
+@settings(max_examples=20)
+def test_given_activations_are_split_honestly(tmp_path_factory, n, T, flat):
+    file = tmp_path_factory.mktemp("given") / "x.npy"
+    T = 64 if flat else T
+    x = np.arange(n * T, dtype=np.float32)[:, None] + np.zeros(2, np.float32)
+    np.save(file, x if flat else x.reshape(n, T, 2))
+    train, held_out = harvest.open_acts(file)
+    seen = [set(part[:][1][:, :, 0].flatten().tolist()) for part in (train, held_out)]
+    assert not seen[0] & seen[1] and len(seen[0]) == train.n_tokens
+    assert 0.02 * n * T <= len(seen[1]) <= 0.15 * n * T
+    if flat:  # a context of 64 rows that lies across a border has no part on the other side
+        gap = np.abs(train.rows[:, None] - held_out.rows[None]).min()
+        assert gap >= 2
+    first = next(train.batches(train.n_train))  # an epoch: each once
+    kept = set(train[train.kept][1][:, :, 0].flatten().tolist())
+    assert sorted(first[:, 0].tolist()) == sorted(seen[0] - kept)
+    held = held_out.document
+    assert len(set(held)) >= 1 and (np.diff(held_out.rows[held == held[0]]) == 1).all()
+
+
+def test_a_folder_of_arrays(tmp_path):
+    x = randn(12, 64 * 10, 4, dtype=F32)
+    for i in range(12):
+        np.save(tmp_path / f"part-{i}.npy", x[i].numpy())
+    (tmp_path / "notes.txt").write_text("mine")
+    whole = harvest.Given(tmp_path)
+    flat = torch.cat([a.flatten(0, 1) for a in whole.acts])
+    assert torch.equal(flat, x.flatten(0, 1))  # part-10 after part-9
+    before = whole.meta["acts_sha256"]
+    np.save(tmp_path / "part-3.npy", x[4].numpy())
+    assert harvest.Given(tmp_path).meta["acts_sha256"] != before
+    np.save(tmp_path / "part-3.npy", x[4, :, :3].numpy())
+    with pytest.raises(harvest.UserError, match=r"part-3.npy holds \(640, 3\).*must be alike"):
+        harvest.Given(tmp_path)
+
+
+def test_what_is_no_array_of_activations_is_refused(tmp_path, capsys):
+    rows = np.zeros((900, 4), np.float32)
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "ints.npy", np.arange(900)), np.save(tmp_path / "line.npy", rows[:, 0])
+    np.save(tmp_path / "swapped.npy", rows.astype(">f4"))
+    np.savez(tmp_path / "two.npz", a=rows, b=rows)
+    np.save(tmp_path / "few.npy", rows[:600]), (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY\1\0")
+    np.save(tmp_path / "objects.npy", np.array([{}, 1]), allow_pickle=True)
+    np.save(tmp_path / "none.npy", rows[:0])
+    bad = np.random.default_rng(0).normal(size=(9000, 4)).astype(np.float32)
+    bad[64 * 70 + 5, 2] = np.nan
+    np.save(tmp_path / "nan.npy", bad), (tmp_path / "x.csv").write_text("1,2\n")
+    for name, why in (("empty", "neither a harvest"), ("x.csv", "neither a harvest"),
+                      ("ints.npy", "one array of floats"), ("line.npy", r"it (900,)"),
+                      ("swapped.npy", ">f4"), ("two.npz", "a (900, 4) torch.float32, b (900, 4)"),
+                      ("few.npy", "too few to hold some out; give 1,344"), ("torn.npy", "be read"),
+                      ("objects.npy", "cannot be read"), ("none.npy", "it (0, 4)"),
+                      ("nan.npy", "nan.npy, row 70 (of 64 each)"),
+                      ("gone.npy", "no activations at")):
+        refuses(S.main, [*TINY, "--acts", tmp_path / name, "--out", tmp_path / "r"], capsys, why)
+        assert not list(tmp_path.glob("r/*.pt"))
+    np.save(tmp_path / "good.npy", bad[: 64 * 60])
+    argv = [*TINY, "--acts", tmp_path / "good.npy", "--out", tmp_path / "r"]
+    refuses(S.main, [*argv, "--model", "gpt2"], capsys, "model: None there, gpt2 asked for")
+    refuses(S.main, [*argv, "--ctx", 16], capsys, "ctx: 64 there, 16 asked for")
+
+
+def test_one_own_array_goes_all_the_way(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", planted(6000).numpy())
+    np.save("contexts.npy", planted(6000).view(300, 20, 16).numpy())
+    lacks = "there is no language model behind these activations"
+    for name in ("rows", "contexts"):
+        S.main([*map(str, TINY), "--acts", f"{name}.npy", "--out", f"runs/{name}"])
+        code, err = run(evals.main, [f"runs/{name}", "--all", "--report", *CPU], capsys)
+        assert code == 0, err
+        r = read_json(Path(f"runs/{name}/evals.json"))
+        assert {"reconstruction", "density", "memorization", "dense_latents", "refinement",
+                "test_time_k", "fixed_threshold"} <= r.keys()
+        assert f"downstream: {lacks}" in err and f"n2g: {lacks}" in err
+        assert r["reconstruction"]["nmse"] < 0.6 and "delta_ce" not in r["test_time_k"]
+        assert len(r["test_time_k"]["nmse"]) == len(r["test_time_k"]["at"])
+        assert ("positions" in r) == (name == "contexts")
+        assert ("positions: these activations are rows" in err) == (name == "rows")
+        data = page_of(Path(f"runs/{name}/report.html"))
+        assert data["n_live"] > 30 and len(data["rows"]) and len(data["vocabulary"]) == data["T"]
+    # another file's activations are evaluated when they are named, not when they took the place
+    np.save("rows.npy", planted(7000, seed=5).numpy())
+    refuses(evals.main, ["runs/rows", *CPU], capsys, "no longer at", "rows.npy; give --acts")
+    evals.main(["runs/rows", "--acts", "rows.npy", "--only", "reconstruction", *CPU])
+    refuses(S.main, [*TINY, "--resume", "--tokens", "9000", "--out", "runs/rows"], capsys,
+            "acts_sha256")
+    Path("rows.npy").unlink()
+    refuses(evals.main, ["runs/rows", *CPU], capsys, "no longer at")
+
+
+def test_a_wrong_scale_is_not_passed_over(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", 30 + 7 * planted(6000).numpy())
+    S.main([*map(str, TINY), "--acts", str(tmp_path / "x.npy"), "--out", str(tmp_path / "r")])
+    m = S.SAE.load(tmp_path / "r")
+    m.normalized, m.meta = False, {}
+    m.save(tmp_path / "raw.pt")
+    argv = ["--acts", str(tmp_path / "x.npy"), "--only", "reconstruction", *CPU]
+    evals.main([str(tmp_path / "r"), *argv])
+    assert "less than half" not in capsys.readouterr().out
+    evals.main([str(tmp_path / "raw.pt"), *argv])
+    out = capsys.readouterr().out
+    assert "explains less than half of the variance: on activations normalised to norm 1" in out
+    noise = S.SAE(16, 64, 4)
+    noise.save(tmp_path / "noise.pt")
+    evals.main([str(tmp_path / "noise.pt"), *argv])
+    assert "is it of these activations (model, layer, site)" in capsys.readouterr().out
+
+
+def test_both_spaces_of_the_error():
+    m, x = make_sae(6, 20, 3), 5 * randn(40, 6) + 2
+    r, x_hat = evals.reconstruction(m, x), m(x)
+    variance = (x - x.mean(0)).square().sum()
+    assert r["nmse_raw"] == pytest.approx(((x - x_hat).square().sum() / variance).item())
+    m.normalized = False
+    r = evals.reconstruction(m, x)
+    assert "nmse_raw" not in r
+    assert r["nmse"] == pytest.approx(((x - m(x)).square().sum() / variance).item())
+
+
+# ---------------------------------------------------------------------- other libraries' files
+# Each layout made by hand, with the formula that its library computes; d = n once, so that names
+# and not shapes say what is what.
+
+
+def foreign(kind, d=6, n=20, k=3, norm="none", b_dec_in=True):
+    """(files of a folder {name: what is in it}, x -> (its dense code, its reconstruction))."""
+    r = lambda *shape, seed: randn(*shape, seed=seed, dtype=F32)
+    W, D, b, c = r(n, d, seed=1), r(n, d, seed=2) / d**0.5, r(n, seed=3) / 4, r(d, seed=4)
+    theta = r(n, seed=5).abs() / 2
+    jump = lambda a, t: a.relu() * (a > t)
+    top = lambda a: dense_code(a, k)
+    h = lambda x: (x - c * b_dec_in) @ W.T + b
+    lens = {"W_enc": W.T, "b_enc": b, "W_dec": D, "b_dec": c}
+    cfg = {"d_in": d, "d_sae": n, "normalize_activations": norm, "apply_b_dec_to_input": b_dec_in,
+           "reshape_activations": "none", "metadata": {"sae_lens_version": "6.0.0"}}
+    theirs = {"encoder.weight": W, "encoder.bias": b, "decoder.weight": D.T, "b_dec": c}
+    trainer = lambda name: {"config.json": {"trainer": {"dict_class": name, "k": k}, "buffer": {}}}
+    if kind == "saelens topk":
+        cfg |= {"architecture": "topk", "k": k}
+        files = {"cfg.json": cfg, "sae_weights.safetensors": lens}
+        z = lambda x: top(h(x))
+    elif kind == "saelens topk, rescaled":
+        more = {"architecture": "topk", "k": k, "rescale_acts_by_decoder_norm": True}
+        files = {"cfg.json": cfg | more, "sae_weights.safetensors": lens}
+        size = D.norm(dim=1)
+        z = lambda x: top(h(x) * size)
+        return files, lambda x: (z(x), z(x) / size @ D + c)
+    elif kind == "saelens before 6":
+        old = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": k}, "d_sae": n, "d_in": d,
+               "hook_point": "blocks.1.hook_resid_pre", "model_name": "gpt2-small"}
+        extra = {"scaling_factor": torch.ones(n)}
+        files = {"cfg.json": old | {"normalize_activations": norm, "context_size": 128},
+                 "sae_weights.safetensors": lens | extra}
+        z = lambda x: top(h(x))
+    elif kind == "saelens standard":
+        files = {"cfg.json": cfg | {"architecture": "standard"}, "sae_weights.safetensors": lens}
+        z = lambda x: h(x).relu()
+    elif kind == "saelens jumprelu":
+        files = {"cfg.json": cfg | {"architecture": "jumprelu"},
+                 "sae_weights.safetensors": lens | {"threshold": theta}}
+        z = lambda x: jump(h(x), theta)
+    elif kind in ("saelens gated", "GatedAutoEncoder"):
+        r_mag, gate, mag = r(n, seed=6) / 3, b, r(n, seed=7) / 4
+        pre = lambda x: (x - c * b_dec_in) @ W.T
+        z = lambda x: (r_mag.exp() * pre(x) + mag).relu() * (pre(x) + gate > 0)
+        if kind == "saelens gated":
+            w = {"W_enc": W.T, "W_dec": D, "b_dec": c, "r_mag": r_mag, "b_mag": mag, "b_gate": gate}
+            files = {"cfg.json": cfg | {"architecture": "gated"}, "sae_weights.safetensors": w}
+        else:
+            w = {"encoder.weight": W, "decoder.weight": D.T, "decoder_bias": c, "r_mag": r_mag,
+                 "mag_bias": mag, "gate_bias": gate}
+            files = trainer(kind) | {"ae.pt": w}
+    elif kind == "sparsify":
+        w = {"encoder.weight": W, "encoder.bias": b, "W_dec": D, "b_dec": c}
+        more = {"activation": "topk", "k": k, "transcode": False, "skip_connection": False}
+        files = {"cfg.json": more | {"d_in": d, "num_latents": n}, "sae.safetensors": w}
+        z = lambda x: top(h(x))
+    elif kind == "sae-llama":
+        w = {"encoder.weight": W, "encoder.bias": b, "W_dec": D, "b_dec": c}
+        files = {"cfg.json": {"expansion_factor": 4, "k": k, "signed": False, "d_in": d},
+                 "sae.safetensors": w}
+        z = lambda x: top(h(x))
+    elif kind == "AutoEncoderTopK":
+        more = {"k": torch.tensor(k), "threshold": torch.tensor(0.3)}
+        files, z = trainer(kind) | {"ae.pt": theirs | more}, lambda x: top(h(x))
+    elif kind == "BatchTopKSAE":
+        more = {"k": torch.tensor(k), "threshold": torch.tensor(0.7)}
+        files, z = trainer(kind) | {"ae.pt": theirs | more}, lambda x: jump(h(x), 0.7)
+    elif kind == "MatryoshkaBatchTopKSAE":
+        more = {"k": torch.tensor(k), "threshold": torch.tensor(0.7), "group_sizes": torch.ones(2)}
+        files, z = trainer(kind) | {"ae.pt": lens | more}, lambda x: jump(h(x), 0.7)
+    elif kind == "AutoEncoder":
+        theirs["bias"] = theirs.pop("b_dec")
+        files, z = trainer(kind) | {"ae.pt": theirs}, lambda x: h(x).relu()
+    elif kind == "AutoEncoderNew":
+        theirs["decoder.bias"] = theirs.pop("b_dec")
+        files, z = trainer(kind) | {"ae.pt": theirs}, lambda x: (x @ W.T + b).relu()
+    else:  # b_dec is not taken off the input
+        z = lambda x: jump(x @ W.T + b, theta)
+        w = lens | {"threshold": theta}
+        files = {"JumpReluAutoEncoder": trainer("JumpReluAutoEncoder") | {"ae.pt": w},
+                 "gemma scope": {"params.npz": w},
+                 "gemma scope 2": {"params.safetensors": {n.lower() if n[0] == "W" else n: t
+                                                          for n, t in w.items()}}}[kind]
+    if norm == "layer_norm":
+        def form(x):
+            mu, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+            code = z((x - mu) / (std + 1e-5))
+            return code, (code @ D + c) * std + mu
+    else:
+        form = lambda x: (z(x), z(x) @ D + c)
+    return files, form
+
+
+def write_foreign(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, what in files.items():
+        if name.endswith(".json"):
+            (folder / name).write_text(json.dumps(what))
+        elif name.endswith(".pt"):
+            torch.save(what, folder / name)
+        elif name.endswith(".npz"):
+            np.savez(folder / name, **{key: t.numpy() for key, t in what.items()})
+        else:
+            S.save_atomic(folder / name, S.safetensors(what))
+    return folder
+
+
+KINDS = ["saelens topk", "saelens topk, rescaled", "saelens before 6", "saelens standard",
+         "saelens jumprelu", "saelens gated", "sparsify", "sae-llama", "AutoEncoderTopK",
+         "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "AutoEncoder", "AutoEncoderNew",
+         "GatedAutoEncoder", "JumpReluAutoEncoder", "gemma scope", "gemma scope 2"]
+CASES = [(kind, "none", True) for kind in KINDS]
+CASES += [(kind, norm, b_dec_in) for kind in KINDS[:1] + KINDS[3:6]
+          for norm, b_dec_in in (("none", False), ("layer_norm", True), ("layer_norm", False))]
+CASES += [("saelens before 6", "layer_norm", True)]
+CASES += [("saelens topk", "expected_average_only_in", True)]
+
+
+@pytest.mark.parametrize("kind, norm, b_dec_in", CASES)
+@pytest.mark.parametrize("d, n", [(6, 20), (8, 8)])
+def test_other_libraries_autoencoders(tmp_path, kind, norm, b_dec_in, d, n):
+    files, form = foreign(kind, d, n, norm=norm, b_dec_in=b_dec_in)
+    folder = write_foreign(tmp_path / "theirs", files)
+    x = 2 * randn(30, d, seed=9, dtype=F32) + 0.5
+    code, x_hat = form(x)
+    s = math.sqrt(d - 1) if norm == "layer_norm" else 1.0
+    weights = next(name for name in files if not name.endswith(".json"))
+    for make, path in ((S.SAE, folder), (S.Sparse, folder / weights)):
+        m = make.load(path)
+        assert m.normalized == (norm == "layer_norm")
+        tol = 1e-4 if norm == "layer_norm" else 1e-5  # its epsilon
+        assert torch.allclose(m(x), x_hat, rtol=tol, atol=tol)
+        assert torch.allclose(s * to_dense(*m.encode(m.unit(x)[0]), n), code, rtol=tol, atol=tol)
+    m.save(tmp_path / "ours.pt")
+    m.to_saelens(tmp_path / "exported")
+    for again in ("ours.pt", "exported"):
+        assert torch.allclose(S.SAE.load(tmp_path / again)(x), m(x), rtol=1e-4, atol=1e-5)
+    if kind == "saelens before 6":
+        found = [m.meta[name] for name in ("model", "layer", "site", "context")]
+        assert found == ["gpt2", 0, "resid_post_mlp", 128]
+
+
+def test_every_metric_takes_thresholds():
+    """A JumpReLU autoencoder: `encode` at k' keeps its largest activations, not the surest ones."""
+    m = make_sae(6, 30, 30)
+    u = S.normalize(randn(50, 6))[0]
+    a = (u - m.b_pre) @ m.W_enc.T + m.b_enc
+    m.theta = randn(30, seed=3).abs() / 3
+    with torch.no_grad():
+        m.b_enc -= m.theta
+    z = a.relu() * (a > m.theta)
+    for make in (m, plain(m)):
+        assert torch.allclose(to_dense(*make.encode(u), 30), z)
+        assert torch.allclose(to_dense(*make.encode(u, 3), 30), dense_code(z, 3))
+    assert "JumpReLU" in repr(m) and (m.device.type, m.dtype) == ("cpu", torch.float64)
+
+
+REFUSED = [
+    ("saelens topk", {"normalize_activations": "constant_norm_rescale"}, {}, "constant_norm"),
+    ("saelens topk", {"architecture": "transcoder"}, {}, "transcoder"),
+    ("saelens topk", {"architecture": "matching_pursuit"}, {}, "matching_pursuit"),
+    ("saelens topk", {"reshape_activations": "hook_z"}, {}, "hook_z"),
+    ("saelens topk", {}, {"W_skip": torch.zeros(6, 6)}, "W_skip"),
+    ("saelens topk", {"k": None}, {}, "not as another"),
+    ("saelens before 6", {"activation_fn_str": "tanh-relu"}, {}, "tanh-relu"),
+    ("saelens before 6", {}, {"scaling_factor": torch.arange(20.0)}, "scaling_factor"),
+    ("sparsify", {"activation": "groupmax"}, {}, "groupmax"),
+    ("sparsify", {"transcode": True}, {}, "transcode"),
+    ("sparsify", {"skip_connection": True}, {}, "skip_connection"),
+    ("sparsify", {"signed": True}, {}, "signed"),
+    ("BatchTopKSAE", {}, {"threshold": torch.tensor(-1.0)}, "never calibrated"),
+    ("AutoEncoderTopK", {"trainer": {"dict_class": "CrossCoder"}}, {}, "CrossCoder"),
+    ("AutoEncoderTopK", {"trainer": {}}, {}, "beside it says what"),
+    ("AutoEncoderTopK", {"trainer": 7}, {}, "not as another"),
+]
+
+
+@pytest.mark.parametrize("kind, settings_, weights, why", REFUSED)
+def test_what_has_no_such_form_is_refused_by_name(tmp_path, capsys, kind, settings_, weights, why):
+    files, _ = foreign(kind)
+    for name in files:
+        files[name] = files[name] | (settings_ if name.endswith(".json") else weights)
+    write_foreign(tmp_path / "theirs", files)
+    refuses(evals.main, [tmp_path / "theirs"], capsys, why)
+    refuses(S.main, ["--export", tmp_path / "theirs", tmp_path / "out"], capsys, why)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_hold_no_autoencoder(tmp_path, capsys):
+    refuses(evals.main, [tmp_path], capsys, "no autoencoder at", "sae_weights.safetensors")
+    for name in ("sae.safetensors", "ae.pt", "params.npz"):
+        (tmp_path / name).write_bytes(b"torn")
+        (tmp_path / "cfg.json").write_text('{"k": 3}')
+        code, err = run(evals.main, [tmp_path], capsys)
+        assert code == 2 and len(err.strip().splitlines()) == 1 and name in err, err
+        (tmp_path / name).unlink()
+    files, _ = foreign("saelens topk")
+    write_foreign(tmp_path, {"sae_weights.safetensors": files["sae_weights.safetensors"]})
+    (tmp_path / "cfg.json").write_text("{torn")
+    refuses(evals.main, [tmp_path], capsys, "not as another")
+
+
+def test_export_is_what_saelens_reads(tmp_path, run_dir, capsys):
+    """Its formula, written out, on its names and shapes; nothing else is overwritten."""
+    folder = tmp_path / "export"
+    S.main(["--export", str(run_dir), str(folder)])
+    assert "d_model 16, n_latents 64, k 4, normalised inputs" in capsys.readouterr().out
+    cfg, m = read_json(folder / "cfg.json"), S.SAE.load(run_dir)
+    w = S.read_safetensors(folder / "sae_weights.safetensors")
+    assert {name: tuple(t.shape) for name, t in w.items()} == {
+        "W_enc": (16, 64), "W_dec": (64, 16), "b_enc": (64,), "b_dec": (16,)}
+    assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["k"]) == ("topk", 16, 64, 4)
+    assert cfg["normalize_activations"] == "layer_norm" and cfg["apply_b_dec_to_input"] is True
+    assert cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_post"
+    x = 3 * randn(50, 16, dtype=F32) + 1
+    mu, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+    code = dense_code(((x - mu) / (std + 1e-5) - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 4)
+    assert torch.allclose((code @ w["W_dec"] + w["b_dec"]) * std + mu, m(x), atol=1e-4)
+    again = S.SAE.load(folder)
+    assert again.meta["layer"] == 2 and again.meta["site"] == "resid_post_mlp"
+    S.main(["--export", str(run_dir), str(folder)])  # again over its own
+    (folder / "notes").write_text("mine")
+    refuses(S.main, ["--export", run_dir, folder], capsys, "is not empty")
+    refuses(S.main, ["--export", tmp_path / "none", folder], capsys, "no autoencoder at")
+
+
+def random_weights(module, seed=0):
+    """The same module with every float parameter and buffer drawn at random, decoder rows too."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in [*module.named_parameters(), *module.named_buffers()]:
+            if p.is_floating_point():
+                p.copy_(torch.randn_like(p) / (2 if p.ndim < 2 else p.shape[-1] ** 0.5))
+                p.abs_() if "threshold" in name else None
+    return module
+
+
+def theirs():
+    """(name, their module, what writes it, whether its code is s times ours), of each library."""
+    d, n, k = 96, 512, 16
+    import dictionary_learning.dictionary as D
+    import sae_lens
+    import sparsify
+    from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
+
+    for norm in ("none", "layer_norm", "expected_average_only_in"):
+        for b_dec in (True, False):
+            more = dict(d_in=d, d_sae=n, normalize_activations=norm, apply_b_dec_to_input=b_dec)
+            for kind in ("TopK", "Standard", "JumpReLU", "Gated"):
+                own = {"k": k} if kind == "TopK" else {}
+                cfg = getattr(sae_lens, f"{kind}SAEConfig")(**more, **own)
+                sae = random_weights(getattr(sae_lens, f"{kind}SAE")(cfg))
+                yield f"SAELens {kind} {norm} {b_dec}", sae, sae.save_model, norm == "layer_norm"
+    cfg = sae_lens.TopKSAEConfig(d_in=d, d_sae=n, k=k, rescale_acts_by_decoder_norm=True)
+    sae = random_weights(sae_lens.TopKSAE(cfg))
+    yield "SAELens TopK rescaled", sae, sae.save_model, False
+    for normal in (True, False):
+        cfg = sparsify.SparseCoderConfig(num_latents=n, k=k, normalize_decoder=normal)
+        sae = random_weights(sparsify.SparseCoder(d, cfg))
+        yield f"sparsify {normal}", sae, sae.save_to_disk, False
+    some = [top_k.AutoEncoderTopK(d, n, k), batch_top_k.BatchTopKSAE(d, n, k), D.AutoEncoder(d, n),
+            matryoshka_batch_top_k.MatryoshkaBatchTopKSAE(d, n, k, [128, 384]),
+            D.AutoEncoderNew(d, n), D.GatedAutoEncoder(d, n), D.JumpReluAutoEncoder(d, n)]
+    for ae in map(random_weights, some):
+        def write(folder, ae=ae):
+            folder.mkdir()
+            torch.save(ae.state_dict(), folder / "ae.pt")
+            trainer = {"dict_class": type(ae).__name__, "k": k}
+            (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+
+        yield f"dictionary_learning {type(ae).__name__}", ae, write, False
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("sae_lens"), reason="make peers, then there")
+def test_against_the_libraries_themselves(tmp_path):
+    """Their own code writes and computes; we read, compute, export; SAELens reads that. Shown by
+    .venv-peers/bin/python -m pytest -s test_sae.py -k libraries_themselves"""
+    import sae_lens
+
+    x = randn(200, 96, dtype=F32) * torch.linspace(0.3, 3, 96) + randn(96, seed=1, dtype=F32)
+    off = lambda a, b: ((a - b).abs().max() / b.abs().max()).item()
+    for i, (name, sae, write, scaled) in enumerate(theirs()):
+        write(tmp_path / str(i))
+        ours = S.Sparse.load(tmp_path / str(i))
+        with torch.no_grad():
+            if name.startswith("sparsify"):
+                values, indices, _ = sae.encode(x)
+                code = to_dense(values, indices, 512)
+                x_hat = sae.decode(values, indices)
+            else:
+                code = sae.encode(x)
+                x_hat = sae.decode(code)
+            code = code.to_dense() if code.is_sparse else code
+            mine = to_dense(*ours.encode(ours.unit(x)[0]), 512) * (95**0.5 if scaled else 1)
+            ours.to_saelens(tmp_path / f"{i}-exported")
+            back = sae_lens.SAE.load_from_disk(tmp_path / f"{i}-exported")(x)
+        found = off(mine, code), off(ours(x), x_hat), off(back, x_hat)
+        print(f"{name:<46} code {found[0]:.1e}  reconstruction {found[1]:.1e}  exported, read by "
+              f"SAELens {found[2]:.1e}")
+        assert max(found) < (1e-4 if scaled else 1e-5), (name, found)
+
+
+@given(seeds)
+@settings(max_examples=10)
+def test_safetensors_are_mapped_and_whole(tmp_path_factory, seed):
+    file = tmp_path_factory.mktemp("st") / "x.safetensors"
+    g = gen(seed)
+    draw = lambda: int(torch.randint(0, 5, (), generator=g))
+    tensors = {f"t{i}": torch.randn(draw(), draw(), generator=g) for i in range(4)}
+    S.save_atomic(file, S.safetensors(tensors))
+    found = S.read_safetensors(file)
+    assert all(torch.equal(found[name], t) for name, t in tensors.items())
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    assert size % 8 == 0 and all(h["dtype"] == "F32" for h in header.values())
+    if len(data) > 8 + size:
+        file.write_bytes(data[:-1])
+        with pytest.raises(ValueError, match="cut short"):
+            S.read_safetensors(file)
+
+
+def test_every_recipe_of_the_readme_runs(tmp_path, monkeypatch):
+    """One after the other in one namespace, as it says there; those that need more are left out."""
+    monkeypatch.chdir(tmp_path)
+    text = (HERE / "README.md").read_text().split("## Recipes\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) >= 7
+    names = {}
+    torch.manual_seed(0)
+    for block in blocks:
+        wanted = re.findall(r"^(?:import|from) (\w+)", block, re.M)
+        if all(importlib.util.find_spec(name) for name in wanted):
+            exec(block, names)
+    sae, x = names["sae"], names["x"]
+    assert names["lines"][-1]["nmse"] < 0.5 and names["lines"][-1]["step"] == 4 * len(x) // 512
+    assert read_log("runs/mine")[-1]["step"] == 4 * len(x) // 512 + 50  # went on
+    assert harvest.Given("mine.npy").meta["context"] == 40
+    model, tokens, i = names["model"], names["tokens"], names["i"]
+    clean = model(tokens[:4])
+    assert names["replaced"].shape == clean.shape
+    # by hand: with the error kept an ablation takes z_i W_dec[i] away, and no more
+    acts = names["activations"](names["layer"], tokens[:4])
+    highest = names["z"].amax(1)
+    assert torch.equal(highest[names["top"]], highest.sort(descending=True).values[:5])
+    moved = (names["steered"] - clean).detach()
+    norm = sae.unit(acts)[2]
+    assert torch.allclose(moved, 3 * norm * (sae.W_dec[i] @ model[3].weight.T), atol=1e-2)
+    both = names["wrapped"](acts), names["wrapped"].decode(names["wrapped"].encode(acts))
+    assert torch.allclose(both[0], sae(acts), atol=1e-5) and torch.equal(*both)
+    effect, at = names["effect"][0, -1], names["kept"]["indices"][0, -1]
+    first = names["activations"](names["layer"], tokens[:1])
+    direct = sae.unit(first)[2][0, -1] * (sae.W_dec[at] @ model[3].weight[3])
+    assert torch.allclose(effect, names["kept"]["values"][0, -1] * direct, atol=1e-5)
+    assert names["neighbours"][0] == i
+
+
 # ----------------------------------------------------- bad input: one line, status 2, nothing lost
 
 
@@ -3331,7 +3861,7 @@ def test_harvest_keeps_what_is_not_its_own(tmp_path, capsys, model_file, text_fi
     refuses(harvest.main, [*base, "--layer", 7, *z], capsys, "has no layer 7", "0 to 2")
     refuses(harvest.main, [*base, "--site", "nose", *z], capsys,
             "unknown site 'nose'", "resid_post_mlp")
-    refuses(harvest.main, [*base[:4], "--ctx", 64, *z, *CPU], capsys, "takes contexts of 2 to 16 tokens")
+    refuses(harvest.main, [*base[:4], "--ctx", 64, *z, *CPU], capsys, "contexts of 2 to 16 tokens")
     short = ["--text", tmp_path / "y/notes.txt", "--ctx", 16]
     refuses(harvest.main, [*base[:2], *short, *z, *CPU], capsys, "too short")
 
@@ -3412,7 +3942,7 @@ def test_arguments_are_looked_at_before_anything_is_loaded(tmp_path, capsys, mon
     no = "no activations at"
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(harvest, "pick_device", lambda name: device)
-        for acts, said in (("typo", no), ("mine.npy", no), (str(tmp_path), no)):
+        for acts, said in (("typo", no), ("mine.npy", "too few"), ("notes.md", no)):
             refuses(S.main, [*TINY[:6], "--acts", acts], capsys, said)
         refuses(S.main, [*TINY[:6], "--stream", "--acts", acts_dir], capsys, "leave out --acts")
         for given, said in ((["--text", "none.txt"], "no text at none.txt"),
@@ -3525,7 +4055,7 @@ def test_a_disk_that_is_really_full_is_recognised_wherever_it_shows(tmp_path, ru
     """torch raises a RuntimeError then, and numpy an OSError that does not say why."""
     x = np.zeros((99, 999), np.float16)
     writers = {"a": lambda p: S.save_atomic(p, {"x": torch.zeros(10**6)}),
-               "b": lambda p: S.save_atomic(p, "text" * 10**5),
+               "b": lambda p: S.save_atomic(p, [b"text"] * 10**5),
                "c": lambda p: harvest.write_npy(p, x),
                "d": lambda p: harvest.write_json(p, {"x": 1}),
                "e": lambda p: S.SAE(9, 99, 2).save(p),
