@@ -3,6 +3,7 @@
     python evals.py runs/n32768_k32                     # a run of sae.py, on what it was trained on
     python evals.py runs/n32768_k32 --all               # the slow ones too; or --only probes
     python evals.py 8.pt --model gpt2 --layer 8 --all   # one of OpenAI's released autoencoders
+    python evals.py FOLDER --acts mine.npy --all        # SAELens', sparsify's, ... on given rows
     python evals.py --fit runs/*                        # scaling laws through many runs
     python evals.py runs/n32768_k32 --report            # report.html: all latents, in a browser
     python evals.py runs/n2048_k32 runs/n8192_k32       # several, and their paired differences
@@ -244,7 +245,8 @@ def density(sae, x, rare=1e-4):
     x = x.flatten(0, -2)
     share, mean_square = (sums / len(x) for sums in latent_sums(sae, x))
     fraction = lambda which: which.double().mean().item()
-    out = {"silent": fraction(share == 0), "rare": fraction(share < rare)}
+    out = {"silent": fraction(share == 0)}
+    out |= {"rare": fraction(share < rare)} if len(x) * rare >= 1 else {}
     edges = np.arange(-12, 4.01, 0.25)
     for name, v in (("log10_density", share), ("log10_mean_square", mean_square)):
         counts = np.histogram(v[share > 0].log10().clamp(-12, 4).cpu(), edges)[0]
@@ -1414,13 +1416,14 @@ def known_tokens(encoding):
     return [*map(encoding.encode_single_token, encoding.token_byte_values()), encoding.eot_token]
 
 @torch.no_grad()
-def report(sae, site, tokens, x, encoding, most=0, held_out=None, examples=6, bins=12, seed=0):
+def report(sae, site, tokens, x, encoding, most=0, held_out=None, examples=6, bins=12, seed=0,
+           flat=False):
     """What the page shows of single latents, from tokens (C, T) with raw activations x (C, T, d),
     as a dict ready for JSON: moments, histogram, `examples` contexts with the highest peaks and as
     many evenly spaced to the lowest, main tokens, direct effect on the logits (decoder row, final
     norm, unembedding), the measured one where it is highest, nearest decoder rows. most: seeded
     sample of latents, 0: all that fire. held_out: so many contexts, the first, are (default:
-    all)."""
+    all). flat: rows that are in no contexts."""
     C, T = tokens.shape
     V = site.n_vocab if site else T  # without a model, positions stand for words
     ids = tokens.flatten().numpy() if site else tokens.flatten().numpy() % T
@@ -1442,7 +1445,7 @@ def report(sae, site, tokens, x, encoding, most=0, held_out=None, examples=6, bi
             "normalized": sae.normalized, "bins": bins, "top": k, "near": near,
             "examples": examples, "tokens": pack(ids), "latents": pack(live.astype(np.uint32)),
             "vocabulary": [vocabulary.get(i, "") for i in range(V)],
-            "rows": None if site else pack(tokens[:, 0].numpy()),
+            "rows": None if site else pack(tokens[:, 0].numpy()), "flat": flat,
             "activations": {"edges": edges.tolist(), "counts": counts.tolist()},
             "histogram": pack(np.bincount(row * bins + bin_of, minlength=len(live) * bins)),
             "stats": {name: pack(v.astype(np.float32)) for name, v in stats.items()},
@@ -1462,7 +1465,8 @@ def make_report(case, results, runs):
     """Everything known: results, curves, latents, the law through several runs. -> its path"""
     tokens = torch.cat([case.val_tokens, case.more_tokens])
     page = report(case.sae, case.site, tokens, torch.cat([case.val, case.more]), case.encoding,
-                  case.a.latents, len(case.val) if case.train else None)
+                  case.a.latents, len(case.val) if case.train else None,
+                  flat=bool(case.where.get("flat")))
     lines = read_lines(Path(case.run) / "log.jsonl")
     curves = ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")
     page |= {"about": results["about"], "metrics": [], "tasks": [], "dense": [], "plots": {},
@@ -1480,7 +1484,8 @@ def make_report(case, results, runs):
             for run, loss in zip(page["runs"], fit_scaling_law(page["runs"])["fitted"]):
                 run["law"] = loss
         except UserError as e:
-            print(f"  no law through these runs: {e}", file=sys.stderr)
+            if len(runs) >= len(LAW):
+                print(f"  no law through these runs: {e}", file=sys.stderr)
     if page["n2g"]:
         latents = harvest.read_json(case.beside("n2g.json")).get("latents", {})
         page["patterns"] = {i: e["readable"][:8] for i, e in latents.items()}
@@ -1534,7 +1539,7 @@ class Case:
         d, n, k = self.sae.d_model, self.sae.n_latents, self.sae.k
         if where["d_model"] != d:
             raise UserError(f"{run} is for activations of width {d}, these have {where['d_model']};"
-                            " give its own --model, --layer and --site")
+                            " give its own --acts, or --model, --layer and --site")
         self.site = model and Site(model, where["layer"], where["site"])
         kind = f"TopK k = {k}" if k < n else "ReLU" if self.sae.theta is None else "JumpReLU"
         inputs = "normalised" if self.sae.normalized else "raw"
@@ -1562,9 +1567,12 @@ class Case:
             if "model" not in train.meta and a.acts:
                 known = {}  # any activations of that width
             told = changed(train.meta, known) or harvest.differs(train.meta, asked)
-            if not told:
-                own = self.load_model(train.meta) if "model" in train.meta else (None, None)
-                return held_out, train, *own
+            if not told and "model" in train.meta:
+                return held_out, train, *self.load_model(train.meta)
+            if not told:  # of a file that it was not trained on, all is held out
+                own = train.meta["acts_sha256"] == meta.get("acts_sha256")
+                both = (held_out, train) if own else (harvest.Given(acts, "all"), None)
+                return *both, None, None
             if a.acts:
                 raise UserError(f"{acts} holds other activations ({told}); give other --acts")
         if not whose:
@@ -1595,13 +1603,15 @@ class Case:
         """Take n contexts each: val, held-out activations (n, T, d), and `more`: of training text,
         else held-out; and chosen, tokens for losses. None are those on which weights were chosen.
         """
-        T, skip = self.where["context"], self.sae.meta.get("chosen_on", 0)
+        T, known = self.where["context"], self.sae.meta
+        same = all(self.where.get(name) == known.get(name) for name in HASHES)
+        skip = known.get("chosen_on", 0) if same else 0
         first = max(n, self.n_contexts)
         size = T * (first if self.train else first + n)
         tokens, acts, self.document = held_out.sample(size, skip)
         if not len(tokens):
-            raise UserError("there is no held-out text beside what weights were chosen on; give "
-                            "more --text")
+            raise UserError("nothing is held out beside what weights were chosen on; give more "
+                            f"{'--text' if self.site else '--acts'}")
         self.more_tokens, more, _ = self.train.sample(n * T) if self.train else (
             tokens[first:], acts[first:], None)
         self.val_tokens, self.val, self.more = tokens[:n], acts[:n].float(), more.float()
@@ -1613,7 +1623,8 @@ class Case:
         if self.where.get("flat"):
             self.missing["contexts"] = "these activations are rows (N, d), not in contexts"
         if not len(more):
-            self.missing["more"] = "the held-out text is too short; give more --text"
+            more = "text is too short; give more --text" if self.site else "activations are too few"
+            self.missing["more"] = f"the held-out {more}"
         if not self.train or self.train.meta["tokens_sha256"] != self.sae.meta.get("tokens_sha256"):
             self.missing["trained_on"] = "the activations it was trained on are not at hand"
         elif self.config.get("tokens", 0) < self.train.n_train or not len(self.train.kept):
@@ -1751,7 +1762,8 @@ OPTIONS = [  # name, type, help
     ("only", str, f"just these, separated by commas: {','.join(METRICS)}"),
     ("fit", bool, "fit the scaling laws through the runs, and nothing else"),
     ("probes", str, 'folder of NAME.jsonl, lines {"text": ..., "label": 0|1} (default: built-in)'),
-    ("acts", str, "harvested activations (default: those it was trained on, else text is run)"),
+    ("acts", str, "a harvest, or .npy, .npz, .pt, .safetensors, or a folder of such (default: those"
+     " it was trained on, else text is run)"),
     ("model", str, "subject model where none are harvested (default: the one it was trained on)"),
     ("layer", int, "default: the one it was trained on, else two thirds of the depth"),
     ("site", str, f"{', '.join(SITES)}; default: the one it was trained on, else resid_post_mlp"),
@@ -1767,7 +1779,8 @@ OPTIONS = [  # name, type, help
 def main(argv=None):
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    p.add_argument("runs", nargs="+", help="directories under runs/, sae.pt, OpenAI's autoencoders")
+    p.add_argument("runs", nargs="+", help="runs, sae.pt, OpenAI's files, folders of SAELens,"
+                   " sparsify, dictionary_learning, Gemma Scope")
     for name, kind, text in OPTIONS:
         how = {"action": "store_true"} if kind is bool else {"type": kind}
         p.add_argument("--" + name, help=text, **how)
@@ -2025,18 +2038,18 @@ function overview() {
     titled('Densest latents, and correlations',
       ['latent', 'share of tokens', 'position', 'first token', 'repetition'],
       data.dense.map(([id, ...row]) => [link(id), ...row])),
-    titled('Runs given together', ['run', 'n', 'k', 'tokens', 'NMSE'],
+    titled('Runs given together', ['run', 'n', 'k', 'tokens', 'NMSE in training'],
       data.runs.map(run => [run.path, run.n_latents, run.k, run.tokens, run.nmse])));
 }
 
 // The table of latents. Its order, of ranks r, is the order in which the arrow keys step.
-const n2g = ['N2G precision', 'N2G recall'];
+const n2g = data.rows ? [] : ['N2G precision', 'N2G recall'];
 n2g.forEach((name, j) => array[name] = Array.from(array.latent, id => data.n2g[id]?.[j] ?? NaN));
 const statistics = [...Object.keys(data.stats), ...n2g];
 const numbers = r => statistics.map(name => array[name][r]);
 const fires = r => Math.round(array.density[r] * array.tokens.length);
 const mainOf = (r, many) => pairsOf('main', 'main share', 5, r).slice(0, many).filter(([, n]) => n);
-const mainTokens = (r, many) => mainOf(r, many)
+const mainTokens = (r, many) => data.rows ? [] : mainOf(r, many)
   .map(([id, share]) => el('span', word(id), ` ${Math.round(100 * share / 255)} % `));
 // Whether a text has a query, as it is or as shown; outer spaces count if there is nothing else.
 const plain = query => (query.trim() || query).toLowerCase();
@@ -2099,12 +2112,15 @@ function contextView(r, i) {
   const row = data.rows && figure(array.rows[context]);
   const what = row ? `row ${row} and on, ${source}` : `${source} text`;
   const percent = Math.round(100 * share(peak));
+  const first = data.flat && array.rows[context];
+  if (data.flat) return el('ul', acts.map((v, t) => [t, v]).filter(([, v]) => v).map(([t, v]) =>
+    el('li', `row ${figure(first + t)}, ${source}: ${figure(v)}`)));
   return el('div', el('div.context', tokens.map(visible).map(token)),
     details(`peak ${figure(acts[peak])}, ${percent} % of its maximum, ${what}; values`,
       table(['position', 'token', 'activation'], rows)));
 }
 function effects(r, name, unit, scale) {
-  if (!array[name]) return el('p.faint', data.rows ? 'no model here' : 'not defined at this site');
+  if (!array[name]) return el('p.faint', 'not defined at this site');
   const k = data.top;
   const rows = pairsOf(name, name + ' value', 2 * k, r).map(([id, v]) => [word(id), v * scale]);
   const list = (title, some) => el('div', title, table(['token', unit], some, title));
@@ -2117,8 +2133,7 @@ function latent(id) {
   if (!order.includes(r)) arrange({wanted: '', fewest: 0});
   const examples = upTo(array['per latent'][r]).map(i => contextView(r, i));
   const patterns = data.patterns[id]?.map(pattern => el('li', pattern));
-  const measured = array['effect size'];
-  const [loss, kl] = measured ? rowOf('effect size', 2, r) : [];
+  const [loss, kl] = data.rows ? [] : rowOf('effect size', 2, r);
   const change = Number.isNaN(loss) ? 'no next token is there to lose on'
     : `the loss changes by ${figure(loss)}`;
   const near = pairsOf('near', 'near cosine', data.near, r).filter(([other]) => other !== +id);
@@ -2130,18 +2145,20 @@ function latent(id) {
     el('p', button('← previous', () => stepBy(-1), 'previous'), ' ',
       button('next →', () => stepBy(1), 'next'), el('span.faint',
         ` ${order.indexOf(r) + 1} of ${order.length}, in the order of the table`)),
-    el('p', 'Fires on ', mainTokens(r, 5), el('span.faint', '(share of its activation)')),
+    !data.rows && el('p', 'Fires on ', mainTokens(r, 5),
+      el('span.faint', '(share of its activation)')),
     table(statistics, [numbers(r)], 'statistics'),
-    el('h2', 'Highest contexts'), examples.slice(0, data.examples),
-    examples[data.examples] && el('h2', 'Contexts from the highest to the lowest'),
+    el('h2', data.flat ? 'Rows with the highest, and those read with them' : 'Highest contexts'),
+    examples.slice(0, data.examples),
+    examples[data.examples] && el('h2', 'From the highest to the lowest'),
     examples.slice(data.examples),
     patterns && [el('h2', 'N2G patterns'), el('p.faint',
       '^ start of the context, * any token; the activation predicted'), el('ul', patterns)],
     el('div.columns',
-      el('section', el('h2', 'Next tokens: direct effect'), el('p.faint',
+      !data.rows && el('section', el('h2', 'Next tokens: direct effect'), el('p.faint',
         'decoder row through the final norm and the unembedding, relative to the largest'),
         effects(r, 'direct', 'relative', 1 / 32767)),
-      el('section', el('h2', 'Next tokens: measured effect'), measured && el('p.faint',
+      !data.rows && el('section', el('h2', 'Next tokens: measured effect'), el('p.faint',
         `at its highest activation; without it ${change}, KL is ${figure(kl)} nats`),
         effects(r, 'effect', 'nats', 1)),
       el('section', plot('Activations where it fires', 'activation', 'tokens', [{points}], {bars}),
@@ -2188,6 +2205,7 @@ addEventListener('hashchange', () => {
 });
 const random = () => visit(Math.floor(Math.random() * data.n_live));
 byId('random').addEventListener('click', random);
+byId('search').hidden = data.rows;  // there are no words
 byId('search').addEventListener('submit', event => {
   event.preventDefault();
   location.hash = 'search/' + encodeURIComponent(byId('query').value);

@@ -10,6 +10,7 @@ harvest.py: text -> tokens -> GPT-2 -> activations, on disk or streamed.
     documents        .txt, .jsonl, .jsonl.gz, folders, standard input, or OpenAI's WebText sample
     stdlib           a small real language model, trained once on Python's own source
     harvest, Acts    activations written to shards (resumable, atomic) and read back, shuffled
+    Given            the same of any model's: .npy, .npz, .pt, .safetensors, a folder of such
     Stream           the same batches without a disk
 
 What is written, for `--out acts`:
@@ -1169,8 +1170,9 @@ class Acts:
         bad = self.rows[rows[~acts.isfinite().flatten(1).all(1).numpy()]]
         if len(bad):
             shard = int(np.searchsorted(self._starts, bad[0], side="right")) - 1
-            where = f"{self.files[shard]}, row {bad[0] - self._starts[shard]}"
-            where += f" (of {self.acts[0].shape[1]} each)" if self.meta.get("flat") else ""
+            row = bad[0] - self._starts[shard]
+            row = f"rows {ROWS * row} to {ROWS * row + ROWS - 1}" if self.meta.get("flat") else row
+            where = f"{self.files[shard]}, {row if isinstance(row, str) else f'row {row}'}"
             raise UserError(f"NaN or Inf in {where}; make these activations anew")
         return torch.from_numpy(self.tokens[rows]).long(), acts
 
@@ -1251,12 +1253,12 @@ def map_pt(file):
     except RuntimeError:
         found = load()
     found = dict(enumerate(found)) if isinstance(found, (list, tuple)) else found
-    return found if isinstance(found, dict) else {"it": found}
+    return found if isinstance(found, dict) else {"": found}
 
 def read_array(file):
     """The activations in a file of one of the kinds ARRAYS: (N, d) or (contexts, T, d), floats,
     memory-mapped. Raises UserError for a file that holds none, or several."""
-    maps = {".npy": lambda f: {"it": map_npy(f)}, ".npz": map_npz, ".pt": map_pt}
+    maps = {".npy": lambda f: {"": map_npy(f)}, ".npz": map_npz, ".pt": map_pt}
     try:
         found = maps.get(file.suffix, read_safetensors)(file)
     except Exception as e:  # zip, pickle and header errors come in many types
@@ -1265,7 +1267,7 @@ def read_array(file):
     found = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
     fit = [x for x in found.values() if x.is_floating_point() and x.ndim in (2, 3) and x.numel()]
     if len(fit) != 1:
-        held = [f"{name} {tuple(x.shape)} {x.dtype}" for name, x in found.items()][:8]
+        held = [f"{name} {tuple(x.shape)} {x.dtype}".strip() for name, x in found.items()][:8]
         raise UserError(f"{file} holds {', '.join(held) or 'no tensor'}; activations are one array "
                         "of floats, (N, d) or (contexts, T, d), in a file of its own")
     return fit[0]
@@ -1279,8 +1281,9 @@ def array_files(path):
 class Given(Acts):
     """Activations of any model, as Acts: a .npy, .npz, .pt or .safetensors of (N, d) or (contexts,
     T, d), or a folder of such, memory-mapped. Rows (N, d) are taken 64 at a time, as if these were
-    contexts. Of each 20 groups of about 1,024 rows, one is held out: `document` is the number of
-    the group. `tokens` are the numbers of the rows. Raises UserError."""
+    contexts. Of each 20 groups of about 1,024 rows, fewer of small files, one is held out (split:
+    "val"), and what of (N, d) is beside it left out of "train"; "all" has everything. `document` is
+    the number of the group, `tokens` are those of the rows. Raises UserError."""
     def __init__(self, path, split="train"):
         self.path, self.split, self.files = Path(path), split, array_files(path)
         if not self.files:
@@ -1299,7 +1302,8 @@ class Given(Acts):
         group = np.arange(n) // max(1, min(GROUP // T, n // 400))
         held = is_val(group)
         beside = held | np.roll(held, 1) | np.roll(held, -1) if flat else held  # not of one context
-        self.rows = np.flatnonzero(held if split == "val" else ~beside)
+        of = {"train": ~beside, "val": held, "all": held | True}
+        self.rows = np.flatnonzero(of[split])
         if not len(self.rows) or not held.any():
             raise UserError(f"{path} holds {n * T:,} activations, too few to hold some out; give "
                             f"{21 * T:,} at least")
@@ -1322,7 +1326,8 @@ def sampled_sha256(arrays):
 
 def open_acts(path):
     """Activations on disk -> (those to train on, held-out ones). Raises UserError."""
-    kind = Given if not (Path(path) / "meta.json").exists() and Path(path).exists() else Acts
+    there = Path(path).exists() and not (Path(path) / "meta.json").exists()
+    kind = Given if there or Path(path).suffix in ARRAYS else Acts
     return kind(path), kind(path, "val")
 
 def called(meta):

@@ -201,7 +201,7 @@ def load(cls, path, device="cpu"):
         return from_foreign(cls, path).to(device)
     saved = load_file(path)
     if "pre_bias" in saved:
-        return from_openai(cls, saved).to(device)
+        return cls.from_openai(saved).to(device)
     if not {"sae", "state"} <= saved.keys():
         raise ValueError(f"{path} is neither an autoencoder written by sae.py nor one of OpenAI's")
     try:
@@ -1293,7 +1293,8 @@ def from_foreign(cls, file):
         usual = {"sae": "topk", "sae_weights": function} if cfg else {}  # their first said less
         kind = usual.get(file.stem) if named in (None, "standard") else named
         kind = "params" if file.stem == "params" else kind
-        odd = [] if kind in FORMS else [kind or "no cfg.json or config.json beside it says what"]
+        require(cfg or kind, f"{file} needs its cfg.json or config.json beside it")
+        odd = [] if kind in FORMS else [kind or "of no known kind"]
         odd += ["hook_z"] if hook.endswith("hook_z") else []  # heads, reshaped
         more = ("transcode", "skip_connection", "signed", "finetuning_scaling_factor",
                 "reshape_activations", "normalize_activations")
@@ -1345,10 +1346,9 @@ def assemble(cls, tensors, kind, cfg, source):
 def to_saelens(sae, folder):
     """Write cfg.json and sae_weights.safetensors as SAELens 6 reads them (so TransformerLens,
     SAEBench, SAEDashboard). Its `layer_norm` is our normalisation but for an epsilon of 1e-5 and
-    its norm, s = sqrt(d - 1), as of its codes. Raises ValueError where `folder` holds other files.
-    """
+    its norm, s = sqrt(d - 1), as of its codes. Raises ValueError for a folder that is not empty."""
     weights, config = Path(folder) / FOREIGN[0], Path(folder) / "cfg.json"
-    require({*Path(folder).glob("*")} <= {weights, config}, f"{folder} is not empty")
+    require(not any(Path(folder).glob("*")), f"{folder} is not empty; choose another folder")
     s, theta = math.sqrt(sae.d_model - 1) if sae.normalized else 1.0, sae.theta
     w = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_enc": sae.b_enc * s, "b_dec": sae.b_pre * s}
     w |= {} if theta is None else {"b_enc": (sae.b_enc + theta) * s, "threshold": theta * s}
@@ -1357,9 +1357,10 @@ def to_saelens(sae, folder):
         told["hook_name"] = f"blocks.{sae.meta['layer']}.{HOOKS[sae.meta['site']]}"
         told["context_size"] = sae.meta.get("context")
     kind = "topk" if sae.k < sae.n_latents else "standard" if theta is None else "jumprelu"
-    cfg = {"architecture": kind, "d_in": sae.d_model, "d_sae": sae.n_latents, "k": sae.k,
+    cfg = {"architecture": kind, "d_in": sae.d_model, "d_sae": sae.n_latents, "device": "cpu",
            "normalize_activations": "layer_norm" if sae.normalized else "none", "metadata": told,
-           "apply_b_dec_to_input": True, "dtype": "float32", "device": "cpu"}
+           "apply_b_dec_to_input": True, "dtype": "float32"}
+    cfg |= {"k": sae.k} if kind == "topk" else {}
     save_atomic(weights, safetensors(w))
     save_atomic(config, [json.dumps(cfg, indent=1).encode()])
 
@@ -1389,7 +1390,7 @@ def read_safetensors(path):
         tensors[name] = own.view(kind).view(t["shape"])
     return tensors
 
-SAE.to_saelens = to_saelens
+SAE.from_openai, SAE.to_saelens = classmethod(from_openai), to_saelens
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1405,7 +1406,7 @@ def option(default, text, auto=""):
 class Config:
     n_latents: int = option(32768, "latents n")
     k: int = option(32, "active latents a token")
-    acts: str = option("", "a harvest; or .npy, .npz, .pt, .safetensors, or a folder of such, (N, d)"
+    acts: str = option("", "a harvest; or .npy, .npz, .pt, .safetensors, a folder of such, of (N, d)"
                        " or (contexts, T, d)", "acts/; if not there made, on CUDA streamed")
     out: str = option("", "run directory", "runs/n{n_latents}_k{k}, and all else that is given")
     model: str = option("auto", "model when activations must be made: gpt2, ..., stdlib, or a path")
@@ -1468,7 +1469,7 @@ def resolve(cfg, d_model, tokens):
     c.batch = c.batch or min(most, max(1024, 2 ** round(math.log2(max(c.tokens, 1) / 2000))))
     steps = c.tokens // c.batch if c.batch > 0 else 0
     require(steps > 0, f"{c.tokens:,} tokens are less than one batch of {c.batch:,}; "
-            "lower --batch or harvest more")
+            "lower --batch or give more activations")
     paper_lr = 1e-4 * math.sqrt(32768 / c.n_latents)
     c.lr = c.lr or max(paper_lr, min(2e-3, paper_lr * 20_000 / steps))
     c.k_aux = c.k_aux or 2 ** int(math.log2(max(2, d_model // 2)))
@@ -1573,7 +1574,8 @@ def main(argv=None):
     a, cfg = parse_config(argv)
     if a.export:
         (sae := SAE.load(a.export[0])).to_saelens(a.export[1])
-        return print(f"{a.export[1]}: {sae.extra_repr()}, for sae_lens.SAE.load_from_disk")
+        return print(f"{a.export[1]}: {sae.extra_repr()}; read it by sae_lens.SAE.load_from_disk"
+                     + ", whose codes are sqrt(d - 1) times ours" * sae.normalized)
     if a.plan:
         return show_plan(cfg, a)
     try:

@@ -2047,6 +2047,8 @@ def test_reconstruction_by_hand():
     r = evals.reconstruction(m, torch.tensor([[3.0, 1.0], [1.0, 5.0]]))
     assert r["nmse"] == pytest.approx(0.625) and r["nmse_se"] == pytest.approx(0.375)
     assert r["l0"] == 0.5 and r["norm_ratio"] == pytest.approx(0.25)
+    r = evals.reconstruction(m, torch.tensor([[3.0, 1.0], [1.0, 5.0], [2.0, 2.0]]))
+    assert r["norm_ratio"] == pytest.approx(0.25)  # where there is nothing, there is no ratio
 
 
 @given(seeds, st.integers(2, 9))
@@ -3319,6 +3321,7 @@ def given_files(folder):
     npy("fortran.npy", np.asfortranarray(x.numpy()))
     np.savez(folder / "beside.npz", x=x.numpy(), tokens=np.arange(7))
     np.savez_compressed(folder / "small.npz", x=x.numpy())
+    np.savez(folder / "fortran.npz", x=np.asfortranarray(x.numpy()))
     torch.save(x, folder / "t.pt"), torch.save({"acts": x.bfloat16()}, folder / "dict.pt")
     torch.save([x], folder / "list.pt")
     torch.save(x, folder / "old.pt", _use_new_zipfile_serialization=False)
@@ -3329,7 +3332,7 @@ def given_files(folder):
 def test_any_kind_of_array_is_read(tmp_path):
     x = given_files(tmp_path)
     files = harvest.array_files(tmp_path)
-    assert len(files) == 11
+    assert len(files) == 12
     for file in files:
         train, held_out = harvest.open_acts(file)
         rows = x[: 78 * 64].view(78, 64, 8).to(train.acts[0].dtype)
@@ -3392,12 +3395,12 @@ def test_what_is_no_array_of_activations_is_refused(tmp_path, capsys):
     bad[64 * 70 + 5, 2] = np.nan
     np.save(tmp_path / "nan.npy", bad), (tmp_path / "x.csv").write_text("1,2\n")
     for name, why in (("empty", "neither a harvest"), ("x.csv", "neither a harvest"),
-                      ("ints.npy", "one array of floats"), ("line.npy", r"it (900,)"),
+                      ("ints.npy", "one array of floats"), ("line.npy", "holds (900,)"),
                       ("swapped.npy", ">f4"), ("two.npz", "a (900, 4) torch.float32, b (900, 4)"),
                       ("few.npy", "too few to hold some out; give 1,344"), ("torn.npy", "be read"),
-                      ("objects.npy", "cannot be read"), ("none.npy", "it (0, 4)"),
-                      ("nan.npy", "nan.npy, row 70 (of 64 each)"),
-                      ("gone.npy", "no activations at")):
+                      ("objects.npy", "cannot be read"), ("none.npy", "holds (0, 4)"),
+                      ("nan.npy", "nan.npy, rows 4480 to 4543"),
+                      ("gone.npy", "gone.npy: neither a harvest")):
         refuses(S.main, [*TINY, "--acts", tmp_path / name, "--out", tmp_path / "r"], capsys, why)
         assert not list(tmp_path.glob("r/*.pt"))
     np.save(tmp_path / "good.npy", bad[: 64 * 60])
@@ -3429,6 +3432,8 @@ def test_one_own_array_goes_all_the_way(tmp_path, capsys, monkeypatch):
     np.save("rows.npy", planted(7000, seed=5).numpy())
     refuses(evals.main, ["runs/rows", *CPU], capsys, "no longer at", "rows.npy; give --acts")
     evals.main(["runs/rows", "--acts", "rows.npy", "--only", "reconstruction", *CPU])
+    r = read_json(Path("runs/rows/evals.json"))["reconstruction"]
+    assert r["tokens"] == 7000 // 64 * 64  # all of it is held out
     refuses(S.main, [*TINY, "--resume", "--tokens", "9000", "--out", "runs/rows"], capsys,
             "acts_sha256")
     Path("rows.npy").unlink()
@@ -3447,6 +3452,15 @@ def test_a_wrong_scale_is_not_passed_over(tmp_path, capsys):
     evals.main([str(tmp_path / "raw.pt"), *argv])
     out = capsys.readouterr().out
     assert "explains less than half of the variance: on activations normalised to norm 1" in out
+    x = torch.from_numpy(np.load(tmp_path / "x.npy"))[:999]
+    m, s = S.SAE.load(tmp_path / "r"), math.sqrt(15)
+    right = evals.reconstruction(m, x)["nmse"]
+    with torch.no_grad():
+        m.b_enc *= s
+        m.b_pre *= s
+    found = evals.otherwise(m, x)
+    assert min(found, key=found.get) == "activations normalised to norm sqrt(d - 1)"
+    assert found[min(found, key=found.get)] == pytest.approx(right, rel=1e-3)
     noise = S.SAE(16, 64, 4)
     noise.save(tmp_path / "noise.pt")
     evals.main([str(tmp_path / "noise.pt"), *argv])
@@ -3638,7 +3652,7 @@ REFUSED = [
     ("sparsify", {"signed": True}, {}, "signed"),
     ("BatchTopKSAE", {}, {"threshold": torch.tensor(-1.0)}, "never calibrated"),
     ("AutoEncoderTopK", {"trainer": {"dict_class": "CrossCoder"}}, {}, "CrossCoder"),
-    ("AutoEncoderTopK", {"trainer": {}}, {}, "beside it says what"),
+    ("AutoEncoderTopK", {"trainer": {}}, {}, "of no known kind"),
     ("AutoEncoderTopK", {"trainer": 7}, {}, "not as another"),
 ]
 
@@ -3664,6 +3678,8 @@ def test_folders_that_hold_no_autoencoder(tmp_path, capsys):
         (tmp_path / name).unlink()
     files, _ = foreign("saelens topk")
     write_foreign(tmp_path, {"sae_weights.safetensors": files["sae_weights.safetensors"]})
+    (tmp_path / "cfg.json").unlink()
+    refuses(evals.main, [tmp_path], capsys, "needs its cfg.json or config.json beside it")
     (tmp_path / "cfg.json").write_text("{torn")
     refuses(evals.main, [tmp_path], capsys, "not as another")
 
@@ -3672,7 +3688,8 @@ def test_export_is_what_saelens_reads(tmp_path, run_dir, capsys):
     """Its formula, written out, on its names and shapes; nothing else is overwritten."""
     folder = tmp_path / "export"
     S.main(["--export", str(run_dir), str(folder)])
-    assert "d_model 16, n_latents 64, k 4, normalised inputs" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "d_model 16, n_latents 64, k 4, normalised inputs" in out and "sqrt(d - 1)" in out
     cfg, m = read_json(folder / "cfg.json"), S.SAE.load(run_dir)
     w = S.read_safetensors(folder / "sae_weights.safetensors")
     assert {name: tuple(t.shape) for name, t in w.items()} == {
@@ -3686,8 +3703,6 @@ def test_export_is_what_saelens_reads(tmp_path, run_dir, capsys):
     assert torch.allclose((code @ w["W_dec"] + w["b_dec"]) * std + mu, m(x), atol=1e-4)
     again = S.SAE.load(folder)
     assert again.meta["layer"] == 2 and again.meta["site"] == "resid_post_mlp"
-    S.main(["--export", str(run_dir), str(folder)])  # again over its own
-    (folder / "notes").write_text("mine")
     refuses(S.main, ["--export", run_dir, folder], capsys, "is not empty")
     refuses(S.main, ["--export", tmp_path / "none", folder], capsys, "no autoencoder at")
 
@@ -3782,6 +3797,10 @@ def test_safetensors_are_mapped_and_whole(tmp_path_factory, seed):
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     assert size % 8 == 0 and all(h["dtype"] == "F32" for h in header.values())
+    odd = data[8 : 8 + size] + b" " * (seed % 8)  # others need not align what they write
+    file.write_bytes(len(odd).to_bytes(8, "little") + odd + data[8 + size :] + b"more")
+    found = S.read_safetensors(file)
+    assert all(torch.equal(found[name], t) for name, t in tensors.items())
     if len(data) > 8 + size:
         file.write_bytes(data[:-1])
         with pytest.raises(ValueError, match="cut short"):
@@ -3802,8 +3821,8 @@ def test_every_recipe_of_the_readme_runs(tmp_path, monkeypatch):
             exec(block, names)
     sae, x = names["sae"], names["x"]
     assert names["lines"][-1]["nmse"] < 0.5 and names["lines"][-1]["step"] == 4 * len(x) // 512
-    assert read_log("runs/mine")[-1]["step"] == 4 * len(x) // 512 + 50  # went on
-    assert harvest.Given("mine.npy").meta["context"] == 40
+    assert read_log("runs/recipe")[-1]["step"] == 4 * len(x) // 512 + 50  # went on
+    assert harvest.Given("recipe.npy").meta["context"] == 40
     model, tokens, i = names["model"], names["tokens"], names["i"]
     clean = model(tokens[:4])
     assert names["replaced"].shape == clean.shape
