@@ -170,7 +170,8 @@ def half_explained(result):
     """A line for the table where it is less."""
     if result["nmse"] <= 0.5:
         return []
-    better = {name: v for name, v in result.get("otherwise", {}).items() if v < 0.5}
+    found = result.get("otherwise", {"as they are": 1.0})
+    better = {name: v for name, v in found.items() if v < min(0.5, 0.8 * found["as they are"])}
     why = "is it of these activations (model, layer, site), and scaled as they are?"
     for name in sorted(better, key=better.get)[:1]:
         why = f"on {name} its NMSE is {better[name]:.4f}: it was trained on such"
@@ -184,9 +185,11 @@ def otherwise(sae, x):
             "activations normalised to norm sqrt(d - 1)": u * math.sqrt(x.shape[-1] - 1),
             "activations of a mean norm of 1": x / size,
             "activations of a mean norm of sqrt(d)": x * root / size}
+    ways.pop("activations normalised to norm 1" if sae.normalized else "raw activations")
     plain = copy.copy(sae)
     plain.normalized = False
-    return {name: reconstruction(plain, way.to(sae.W_dec))["nmse"] for name, way in ways.items()}
+    found = {name: reconstruction(plain, way.to(sae.W_dec))["nmse"] for name, way in ways.items()}
+    return found | {"as they are": reconstruction(sae, x)["nmse"]}
 
 def with_doubts(c):
     """Case -> `reconstruction`; if that is bad, `otherwise` too."""
@@ -1445,7 +1448,7 @@ def report(sae, site, tokens, x, encoding, most=0, held_out=None, examples=6, bi
             "normalized": sae.normalized, "bins": bins, "top": k, "near": near,
             "examples": examples, "tokens": pack(ids), "latents": pack(live.astype(np.uint32)),
             "vocabulary": [vocabulary.get(i, "") for i in range(V)],
-            "rows": None if site else pack(tokens[:, 0].numpy()), "flat": flat,
+            "rows": None if site else pack(tokens[:, 0].double().numpy()), "flat": flat,
             "activations": {"edges": edges.tolist(), "counts": counts.tolist()},
             "histogram": pack(np.bincount(row * bins + bin_of, minlength=len(live) * bins)),
             "stats": {name: pack(v.astype(np.float32)) for name, v in stats.items()},
@@ -1506,7 +1509,7 @@ def load(path, device):
         raise UserError(f"{path} is not finished; continue it with: python sae.py --resume --out"
                         f" {path}")
     sae = Sparse.load(path, device)
-    return sae, next((f for f in map(path.joinpath, FOREIGN) if f.exists()), file), out
+    return sae, next((f for f in (file, *map(path.joinpath, FOREIGN)) if f.is_file()), file), out
 
 def stamp(path):
     """A file as something that changes with it."""
@@ -1531,7 +1534,7 @@ class Case:
         self.texts = a.probes and read_tasks(a.probes)
         self.probes = a.probes and list(map(stamp, sorted(Path(a.probes).glob("*.jsonl"))))
         self.sae, file, self.out = load(run, self.device)
-        if not all(p.isfinite().all() for p in self.sae.parameters()):
+        if not all(p.isfinite().all() for p in self.sae.state_dict().values()):
             raise UserError(f"{run} has weights that are NaN or infinite")
         self.config = self.sae.meta.get("config", {})
         held_out, self.train, model, self.encoding = self.source()
@@ -1544,11 +1547,16 @@ class Case:
         kind = f"TopK k = {k}" if k < n else "ReLU" if self.sae.theta is None else "JumpReLU"
         inputs = "normalised" if self.sae.normalized else "raw"
         text = f"; text: {where['text']}" if model else ""
+        if self.sae.meta.get("acts_sha256", own := where.get("acts_sha256")) != own:
+            text += "; not what it was trained on, all of it taken as held out"
         self.about = (f"{run}: {harvest.called(where)}, d = {d}, n = {n}, {kind}, {inputs}"
                       f" inputs{text}")
         self.sample(held_out, max(1, n_tokens // where["context"]))
         sampled = harvest.sha256([self.val_tokens.numpy().tobytes()])
-        settings = {"where": where, "trained": self.sae.meta, "file": stamp(file), "text": sampled}
+        beside = [file.with_name(name) for name in ("cfg.json", "config.json")]
+        files = [file, *(beside if file.name in FOREIGN else ()), *getattr(held_out, "files", ())]
+        settings = {"where": where, "trained": self.sae.meta, "text": sampled,
+                    "file": [stamp(f) for f in files if f.exists()]}
         self.settings = json.loads(json.dumps(settings))  # as it will be read back
         l0 = k if k < n else reconstruction(self.sae, self.val[:64])["l0"]
         self.k = max(1, round(l0))  # active latents a token, as measured where k = n
@@ -1560,7 +1568,10 @@ class Case:
         asked = {name: value for name in PLACE if (value := getattr(a, name)) is not None}
         known = {name: meta[name] for name in ("layer", "site", *HASHES) if name in meta}
         known = {n: v for n, v in known.items() if n.removesuffix("_sha256") not in asked}
+        if a.acts or {"model", "layer"} <= asked.keys():
+            known.pop("acts_sha256", None)
         acts, whose = a.acts or self.config.get("acts"), {"model", "layer"} <= {*meta, *asked}
+        told = "nothing"
         there = harvest.is_harvested if whose else os.path.exists
         if a.acts or acts and there(acts):
             train, held_out = harvest.open_acts(acts)
@@ -1571,13 +1582,14 @@ class Case:
                 return held_out, train, *self.load_model(train.meta)
             if not told:  # of a file that it was not trained on, all is held out
                 own = train.meta["acts_sha256"] == meta.get("acts_sha256")
-                both = (held_out, train) if own else (harvest.Given(acts, "all"), None)
+                both = (held_out, train) if own else (train.other("all"), None)
                 return *both, None, None
             if a.acts:
                 raise UserError(f"{acts} holds other activations ({told}); give other --acts")
         if not whose:
-            gone = f"was trained on activations that are no longer at {acts}"
-            why = gone if "acts_sha256" in meta else "does not say whose activations it is for"
+            why = "does not say whose activations it is for"
+            if "acts_sha256" in meta:
+                why = f"was trained on what is no longer at {acts} (there is {told})"
             raise UserError(f"{self.run} {why}; give --acts, or --model, --layer and --site")
         if (text := asked.get("text") or meta.get("text")) == "-" and not a.text:
             raise UserError(f"{self.run} was trained on standard input; give --text or --acts")
@@ -1620,7 +1632,7 @@ class Case:
         self.missing = {}  # what cannot be had: why
         if not self.site:
             self.missing["model"] = "there is no language model behind these activations"
-        if self.where.get("flat"):
+        if self.where.get("flat") or T == 1:
             self.missing["contexts"] = "these activations are rows (N, d), not in contexts"
         if not len(more):
             more = "text is too short; give more --text" if self.site else "activations are too few"
@@ -1879,7 +1891,8 @@ const upTo = n => Array.from({length: n}, (_, i) => i);
 const zip = (a = [], b = []) => a.map((v, i) => [v, b[i]]);  // of what is missing, nothing
 // The data. Its arrays are packed, and unpacked when they are first asked for.
 const data = JSON.parse(byId('data').textContent);
-const kinds = {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array, f4: Float32Array};
+const kinds = {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array, f4: Float32Array,
+  f8: Float64Array};
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
 const unpack = packed => packed && new kinds[packed.type](bytes(packed.data).buffer);
 const lazily = make => new Proxy({}, {get: (made, name) => made[name] ??= make(name)});
@@ -2205,7 +2218,7 @@ addEventListener('hashchange', () => {
 });
 const random = () => visit(Math.floor(Math.random() * data.n_live));
 byId('random').addEventListener('click', random);
-byId('search').hidden = data.rows;  // there are no words
+byId('search').hidden = !!data.rows;  // there are no words
 byId('search').addEventListener('submit', event => {
   event.preventDefault();
   location.hash = 'search/' + encodeURIComponent(byId('query').value);

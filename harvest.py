@@ -23,6 +23,7 @@ Downloads and `stdlib` are kept in cache/ beside this file, or in the folder tha
 
 import argparse
 import contextlib
+import copy
 import errno
 import functools
 import gzip
@@ -1080,27 +1081,31 @@ def is_harvested(path):
     return (Path(path) / "meta.json").exists() and read_meta(path)["complete"]
 
 def npy_header(f):
-    """An open .npy file -> (shape, in Fortran's order, dtype), the file at its data. ValueError."""
-    version = np.lib.format.read_magic(f)
-    header = np.lib.format
-    read = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
-    shape, fortran, dtype = read(f)
+    """An open .npy file -> (shape, whether in Fortran's order, dtype), the file at its data."""
+    version, form = np.lib.format.read_magic(f), np.lib.format
+    return (form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0)(f)
+
+def mapped(file, start, shape, fortran, dtype):
+    """Numbers in a file, from byte `start` on, as a tensor, memory-mapped, writable in memory only;
+    but where they are not aligned, it holds no file open, of which a process may have few."""
     if dtype.kind not in "fiub" or not dtype.isnative:
         raise ValueError(f"values of type {dtype.str}")
-    return shape[::-1] if fortran else shape, fortran, dtype
+    count, empty, shape = math.prod(shape), np.empty(0, dtype), shape[::-1] if fortran else shape
+    if start % dtype.itemsize or not count:
+        flat = torch.from_numpy(np.memmap(file, dtype, "c", start, (count,)) if count else empty)
+    else:
+        first, kind = start // dtype.itemsize, torch.from_numpy(empty).dtype
+        flat = torch.from_file(str(file), size=first + count, dtype=kind)[first:]
+    return flat.view(shape).permute(*reversed(range(len(shape)))) if fortran else flat.view(shape)
 
 def map_npy(file):
-    """A .npy file as a tensor of its shape, memory-mapped, writable in memory only; unlike those of
-    np.load it holds no file open, of which a process may have few. Raises ValueError."""
+    """A .npy file as a tensor of its shape: see `mapped`. Raises ValueError."""
     with open(file, "rb") as f:
         shape, fortran, dtype = npy_header(f)
         start, size = f.tell(), os.fstat(f.fileno()).st_size
-    count, width = math.prod(shape), dtype.itemsize
-    if size != start + width * count:
-        raise ValueError(f"{size} bytes, not {start + width * count}")
-    kind = torch.from_numpy(np.empty(0, dtype)).dtype
-    flat = torch.from_file(str(file), size=size // width, dtype=kind)[start // width :]
-    return flat.view(shape).permute(*reversed(range(len(shape)))) if fortran else flat.view(shape)
+    if size != start + dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{size} bytes, not {start + dtype.itemsize * math.prod(shape)}")
+    return mapped(file, start, shape, fortran, dtype)
 
 def open_shard(tokens_file, length, d):
     """-> tokens (n, length) array, activations (n, length, d), mapped. Raises UserError."""
@@ -1171,8 +1176,9 @@ class Acts:
         if len(bad):
             shard = int(np.searchsorted(self._starts, bad[0], side="right")) - 1
             row = bad[0] - self._starts[shard]
-            row = f"rows {ROWS * row} to {ROWS * row + ROWS - 1}" if self.meta.get("flat") else row
-            where = f"{self.files[shard]}, {row if isinstance(row, str) else f'row {row}'}"
+            T = self.meta["context"]
+            rows = f"rows {T * row} to {T * row + T - 1}" if self.meta.get("flat") else f"row {row}"
+            where = f"{self.files[shard]}, {rows}"
             raise UserError(f"NaN or Inf in {where}; make these activations anew")
         return torch.from_numpy(self.tokens[rows]).long(), acts
 
@@ -1195,6 +1201,8 @@ class Acts:
         less those `kept` back, tokens within a BLOCK of them; each of several parts has its own,
         and all as many."""
         n, T = (len(self) - len(self.kept)) // parts, self.tokens.shape[1]
+        if not n:
+            raise UserError(f"{len(self)} contexts are too few for {parts} processes")
         each = min(BLOCK[0], BLOCK[1] // (self.d_model * self.acts[0].itemsize))  # tokens
         block = max(1, min(each // T, n))
         epoch, start = divmod(step * batch, n * T)
@@ -1229,20 +1237,22 @@ ARRAYS = ".npy", ".npz", ".pt", ".safetensors"
 ROWS, GROUP = 64, 1024  # rows of (N, d) read together, and about so many held out together
 
 def map_npz(file):
-    """A .npz file -> {name: tensor}, memory-mapped unless they are compressed."""
+    """A .npz file -> {name: tensor} of its numbers, memory-mapped unless they are compressed."""
     found = {}
-    with zipfile.ZipFile(file) as members, open(file, "rb") as f:
+    with zipfile.ZipFile(file) as members, open(file, "rb") as f, np.load(file) as arrays:
         for member in members.infolist():
             name = member.filename.removesuffix(".npy")
-            if member.compress_type != zipfile.ZIP_STORED:
-                with np.load(file) as arrays:
-                    found[name] = torch.from_numpy(arrays[name])
+            with members.open(member) as inside:
+                header = npy_header(inside)
+                offset = inside.tell()
+            if header[2].kind not in "fiub":
                 continue
-            f.seek(member.header_offset + 26)
-            f.seek(sum(int.from_bytes(f.read(2), "little") for _ in range(2)), os.SEEK_CUR)
-            shape, fortran, dtype = npy_header(f)
-            array = np.memmap(file, dtype, "c", f.tell(), shape)
-            found[name] = torch.from_numpy(array.T if fortran else array)
+            if member.compress_type != zipfile.ZIP_STORED:
+                found[name] = torch.from_numpy(arrays[name])
+                continue
+            f.seek(member.header_offset + 26)  # the lengths of name and extra, which come before
+            lengths = [int.from_bytes(f.read(2), "little") for _ in range(2)]
+            found[name] = mapped(file, f.tell() + sum(lengths) + offset, *header)
     return found
 
 def map_pt(file):
@@ -1265,27 +1275,31 @@ def read_array(file):
         why = (str(e).splitlines() or [""])[0]
         raise UserError(f"{file} cannot be read ({type(e).__name__}: {why:.80})") from None
     found = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
-    fit = [x for x in found.values() if x.is_floating_point() and x.ndim in (2, 3) and x.numel()]
+    floats = torch.float64, torch.float32, torch.float16, torch.bfloat16
+    fit = [x for x in found.values() if x.dtype in floats and x.layout == torch.strided
+           and x.ndim in (2, 3) and x.numel()]
     if len(fit) != 1:
         held = [f"{name} {tuple(x.shape)} {x.dtype}".strip() for name, x in found.items()][:8]
         raise UserError(f"{file} holds {', '.join(held) or 'no tensor'}; activations are one array "
                         "of floats, (N, d) or (contexts, T, d), in a file of its own")
-    return fit[0]
+    return fit[0].detach()
 
 def array_files(path):
     """The files of activations at a path, itself or those of a folder, by the numbers in them."""
     digits = lambda f: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", f.name)]
     files = Path(path).iterdir() if Path(path).is_dir() else [Path(path)]
-    return sorted((f for f in files if f.suffix in ARRAYS and f.is_file()), key=digits)
+    own = lambda f: f.suffix in ARRAYS and f.is_file() and not f.name.startswith("._")
+    return sorted(filter(own, files), key=digits)
 
 class Given(Acts):
     """Activations of any model, as Acts: a .npy, .npz, .pt or .safetensors of (N, d) or (contexts,
-    T, d), or a folder of such, memory-mapped. Rows (N, d) are taken 64 at a time, as if these were
-    contexts. Of each 20 groups of about 1,024 rows, fewer of small files, one is held out (split:
-    "val"), and what of (N, d) is beside it left out of "train"; "all" has everything. `document` is
-    the number of the group, `tokens` are those of the rows. Raises UserError."""
+    T, d), or a folder of such, memory-mapped. Rows (N, d) are taken some at a time, up to 64, as if
+    these were contexts. Of each 20 groups of about 1,024 rows, fewer of small files, one is held
+    out (split "val"); rows that may be of one context with those are left out of "train"; "all" has
+    everything. `document` is the number of the group, `tokens` are those of the rows. Raises
+    UserError."""
     def __init__(self, path, split="train"):
-        self.path, self.split, self.files = Path(path), split, array_files(path)
+        self.path, self.files = Path(path), array_files(path)
         if not self.files:
             raise UserError(f"no activations at {path}: neither a harvest (meta.json) nor a file "
                             f"or folder of {', '.join(ARRAYS)}")
@@ -1295,24 +1309,38 @@ class Given(Acts):
             if not alike or x.shape[1:] != arrays[0].shape[1:]:
                 raise UserError(f"{file} holds {tuple(x.shape)} {x.dtype}, {self.files[0].name} "
                                 f"{tuple(arrays[0].shape)} {arrays[0].dtype}; they must be alike")
-        flat = arrays[0].ndim == 2
-        self.acts = [x[: len(x) // ROWS * ROWS].unflatten(0, (-1, ROWS)) if flat else x
-                     for x in arrays]
-        n, T, d = sum(map(len, self.acts)), *self.acts[0].shape[1:]
+        flat, sizes = arrays[0].ndim == 2, list(map(len, arrays))
+        lost = lambda T: sum(size % T for size in sizes)  # of each file, at its end
+        T = next(T for T in range(ROWS, 0, -1) if 100 * lost(T) <= sum(sizes))
+        cut = lambda x: x[: len(x) // T * T].unflatten(0, (-1, T))
+        self.acts = list(map(cut, arrays)) if flat else arrays
+        digest = sampled_sha256(arrays)
+        self.meta = {"acts": str(self.path.resolve()), "acts_sha256": digest, "flat": flat,
+                     "tokens_sha256": digest} | dict(zip(("context", "d_model"),
+                                                         self.acts[0].shape[1:]))
+        self.take(split)
+
+    def take(self, split):
+        """Become that split."""
+        T, n = self.meta["context"], sum(map(len, self.acts))
         group = np.arange(n) // max(1, min(GROUP // T, n // 400))
         held = is_val(group)
-        beside = held | np.roll(held, 1) | np.roll(held, -1) if flat else held  # not of one context
-        of = {"train": ~beside, "val": held, "all": held | True}
+        if held.sum() < 2:
+            raise UserError(f"{self.path} holds {n} times {T} activations, too few to hold some "
+                            "out; 31 times are enough")
+        near = -(-ROWS // T) if self.meta["flat"] else 0  # what may be of one context
+        beside = np.convolve(held, np.ones(2 * near + 1), "same") > 0.5
+        self.split, of = split, {"train": ~beside, "val": held, "all": held | True}
         self.rows = np.flatnonzero(of[split])
-        if not len(self.rows) or not held.any():
-            raise UserError(f"{path} holds {n * T:,} activations, too few to hold some out; give "
-                            f"{21 * T:,} at least")
         self.tokens = self.rows[:, None] * T + np.arange(T)
         self.document = group[self.rows]
-        self.meta = {"acts": str(self.path.resolve()), "acts_sha256": sampled_sha256(arrays),
-                     "d_model": d, "context": T, "flat": flat}
-        self.meta["tokens_sha256"] = self.meta["acts_sha256"]
         self.count()
+
+    def other(self, split):
+        """Another split of the same files."""
+        own = copy.copy(self)
+        own.take(split)
+        return own
 
 def sampled_sha256(arrays):
     """Of shapes, types and 1,024 rows of each array: all of them may be too many to read."""
@@ -1327,8 +1355,9 @@ def sampled_sha256(arrays):
 def open_acts(path):
     """Activations on disk -> (those to train on, held-out ones). Raises UserError."""
     there = Path(path).exists() and not (Path(path) / "meta.json").exists()
-    kind = Given if there or Path(path).suffix in ARRAYS else Acts
-    return kind(path), kind(path, "val")
+    if there or Path(path).suffix in ARRAYS:
+        return (data := Given(path)), data.other("val")
+    return Acts(path), Acts(path, "val")
 
 def called(meta):
     """What activations are of, for people."""

@@ -207,11 +207,12 @@ def load(cls, path, device="cpu"):
     try:
         own = saved["sae"]
         sae = cls(own["d_model"], own["n_latents"], own["k"]).to(saved["state"]["W_dec"].dtype)
-        sae.theta = saved["state"].get("theta")
+        sae.theta = torch.zeros_like(sae.b_enc).detach() if "theta" in saved["state"] else None
         sae.load_state_dict(saved["state"])
         sae.normalized, sae.meta = own["normalized"], dict(own["meta"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as e:
-        raise ValueError(f"{path} is not whole ({type(e).__name__}: {e!s:.80})") from None
+        why = " ".join(f"{type(e).__name__}: {e}".split())
+        raise ValueError(f"{path} is not whole ({why:.120})") from None
     return sae.to(device)
 
 def about(sae):
@@ -974,7 +975,8 @@ class Run:
         u = normalize(x[:32768].float())[0]
         c = (u - u.mean(0)).square().mean().item()
         require(math.isfinite(c), "NaN or Inf in the first activations")
-        require(c > 0, "all these activations are alike; there is nothing to reconstruct")
+        alike = c <= 1e-10 / u.shape[1]  # but for rounding: the mean square of u is 1 / d
+        require(not alike, "all these activations are alike; there is nothing to reconstruct")
         torch.empty(len(mesh.part(cfg.n_latents)), u.shape[1])  # if there is no room, now
         with torch.random.fork_rng([]):
             torch.manual_seed(cfg.seed)
@@ -1303,12 +1305,13 @@ def from_foreign(cls, file):
         sae = assemble(cls, load_file(file), kind, cfg, str(file.resolve()))
         sites = {theirs: site for site, theirs in HOOKS.items()}
         site = sites.get(hook.split(".", 2)[-1].replace("resid_pre", "resid_post"))
-        if site and (layer := int(hook.split(".")[1]) - ("resid_pre" in hook)) >= 0:
-            model = str(cfg.get("model_name")).removeprefix("openai-community/")
+        model = (cfg.get("model_name") or "").removeprefix("openai-community/")
+        if site and model and (layer := int(hook.split(".")[1]) - ("resid_pre" in hook)) >= 0:
             sae.meta |= {"model": model.replace("gpt2-small", "gpt2"), "layer": layer, "site": site}
             sae.meta |= {"context": cfg["context_size"]} if cfg.get("context_size") else {}
         return sae
-    except (LookupError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as e:
+    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+            json.JSONDecodeError) as e:
         raise ValueError(f"{file} and its configuration are not as another library writes them "
                          f"({e!r:.90})") from None
 
@@ -1336,6 +1339,7 @@ def assemble(cls, tensors, kind, cfg, source):
     require(not odd, f"{source} holds {odd}; there is no such form here")
     s = math.sqrt(d - 1) if normalized else 1.0
     state = {"W_enc": W, "W_dec": W_dec, "b_enc": b / s, "b_pre": b_pre / s}
+    require(theta is None or FORMS[kind] != "relu", f"{source} holds thresholds; is it a ReLU?")
     if FORMS[kind] == "theta":
         require(theta.ndim or theta >= 0, f"{source}: its threshold was never calibrated")
         sae.theta = state["theta"] = theta.expand(n).clamp(min=0) / s
@@ -1406,8 +1410,8 @@ def option(default, text, auto=""):
 class Config:
     n_latents: int = option(32768, "latents n")
     k: int = option(32, "active latents a token")
-    acts: str = option("", "a harvest; or .npy, .npz, .pt, .safetensors, a folder of such, of (N, d)"
-                       " or (contexts, T, d)", "acts/; if not there made, on CUDA streamed")
+    acts: str = option("", "a harvest; or .npy, .npz, .pt, .safetensors, a folder of such: (N, d) or"
+                       " (contexts, T, d)", "acts/; if not there made, on CUDA streamed")
     out: str = option("", "run directory", "runs/n{n_latents}_k{k}, and all else that is given")
     model: str = option("auto", "model when activations must be made: gpt2, ..., stdlib, or a path")
     text: str = option("", "text when activations must be made", "what the model was trained on")

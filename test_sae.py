@@ -3321,7 +3321,13 @@ def given_files(folder):
     npy("fortran.npy", np.asfortranarray(x.numpy()))
     np.savez(folder / "beside.npz", x=x.numpy(), tokens=np.arange(7))
     np.savez_compressed(folder / "small.npz", x=x.numpy())
-    np.savez(folder / "fortran.npz", x=np.asfortranarray(x.numpy()))
+    np.savez(folder / "fortran.npz", x=np.asfortranarray(x.numpy()), model="gpt2")
+    torch.save(x.clone().requires_grad_(), folder / "grad.pt")
+    (folder / "._a.npy").write_bytes(b"of another system")
+    header = np.lib.format.header_data_from_array_1_0(x.numpy())
+    with open(folder / "odd.npy", "wb") as f:  # its numbers begin where no float would
+        text = str(header).encode() + b" " * 7 + b"\n"
+        f.write(b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text + x.numpy().tobytes())
     torch.save(x, folder / "t.pt"), torch.save({"acts": x.bfloat16()}, folder / "dict.pt")
     torch.save([x], folder / "list.pt")
     torch.save(x, folder / "old.pt", _use_new_zipfile_serialization=False)
@@ -3332,7 +3338,7 @@ def given_files(folder):
 def test_any_kind_of_array_is_read(tmp_path):
     x = given_files(tmp_path)
     files = harvest.array_files(tmp_path)
-    assert len(files) == 12
+    assert len(files) == 14
     for file in files:
         train, held_out = harvest.open_acts(file)
         rows = x[: 78 * 64].view(78, 64, 8).to(train.acts[0].dtype)
@@ -3377,6 +3383,14 @@ def test_a_folder_of_arrays(tmp_path):
     before = whole.meta["acts_sha256"]
     np.save(tmp_path / "part-3.npy", x[4].numpy())
     assert harvest.Given(tmp_path).meta["acts_sha256"] != before
+    for i in range(12):
+        np.save(tmp_path / f"part-{i}.npy", x[i, : 100 + 20 * (i % 2)].numpy())
+    short = harvest.Given(tmp_path)
+    assert short.meta["context"] == 20 and sum(map(len, short.acts)) * 20 == 12 * 110
+    gap = np.abs(short.rows[:, None] - short.other("val").rows[None]).min()
+    assert gap * 20 > 64  # what may be of one context
+    with pytest.raises(harvest.UserError, match="too few for 99 processes"):
+        next(short.batches(8, part=3, parts=99))
     np.save(tmp_path / "part-3.npy", x[4, :, :3].numpy())
     with pytest.raises(harvest.UserError, match=r"part-3.npy holds \(640, 3\).*must be alike"):
         harvest.Given(tmp_path)
@@ -3391,16 +3405,19 @@ def test_what_is_no_array_of_activations_is_refused(tmp_path, capsys):
     np.save(tmp_path / "few.npy", rows[:600]), (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY\1\0")
     np.save(tmp_path / "objects.npy", np.array([{}, 1]), allow_pickle=True)
     np.save(tmp_path / "none.npy", rows[:0])
+    torch.save(torch.from_numpy(rows).to_sparse(), tmp_path / "sparse.pt")
+    torch.save(torch.from_numpy(rows).to(torch.float8_e4m3fn), tmp_path / "eight.pt")
     bad = np.random.default_rng(0).normal(size=(9000, 4)).astype(np.float32)
     bad[64 * 70 + 5, 2] = np.nan
     np.save(tmp_path / "nan.npy", bad), (tmp_path / "x.csv").write_text("1,2\n")
     for name, why in (("empty", "neither a harvest"), ("x.csv", "neither a harvest"),
                       ("ints.npy", "one array of floats"), ("line.npy", "holds (900,)"),
                       ("swapped.npy", ">f4"), ("two.npz", "a (900, 4) torch.float32, b (900, 4)"),
-                      ("few.npy", "too few to hold some out; give 1,344"), ("torn.npy", "be read"),
+                      ("few.npy", "too few to hold some out"), ("torn.npy", "be read"),
                       ("objects.npy", "cannot be read"), ("none.npy", "holds (0, 4)"),
                       ("nan.npy", "nan.npy, rows 4480 to 4543"),
-                      ("gone.npy", "gone.npy: neither a harvest")):
+                      ("gone.npy", "gone.npy: neither a harvest"),
+                      ("sparse.pt", "one array of floats"), ("eight.pt", "float8_e4m3fn")):
         refuses(S.main, [*TINY, "--acts", tmp_path / name, "--out", tmp_path / "r"], capsys, why)
         assert not list(tmp_path.glob("r/*.pt"))
     np.save(tmp_path / "good.npy", bad[: 64 * 60])
@@ -3409,7 +3426,7 @@ def test_what_is_no_array_of_activations_is_refused(tmp_path, capsys):
     refuses(S.main, [*argv, "--ctx", 16], capsys, "ctx: 64 there, 16 asked for")
 
 
-def test_one_own_array_goes_all_the_way(tmp_path, capsys, monkeypatch):
+def test_one_own_array_goes_all_the_way(tmp_path, capsys, monkeypatch, acts_dir):
     monkeypatch.chdir(tmp_path)
     np.save("rows.npy", planted(6000).numpy())
     np.save("contexts.npy", planted(6000).view(300, 20, 16).numpy())
@@ -3430,7 +3447,7 @@ def test_one_own_array_goes_all_the_way(tmp_path, capsys, monkeypatch):
         assert data["n_live"] > 30 and len(data["rows"]) and len(data["vocabulary"]) == data["T"]
     # another file's activations are evaluated when they are named, not when they took the place
     np.save("rows.npy", planted(7000, seed=5).numpy())
-    refuses(evals.main, ["runs/rows", *CPU], capsys, "no longer at", "rows.npy; give --acts")
+    refuses(evals.main, ["runs/rows", *CPU], capsys, "no longer at", "rows.npy", "give --acts")
     evals.main(["runs/rows", "--acts", "rows.npy", "--only", "reconstruction", *CPU])
     r = read_json(Path("runs/rows/evals.json"))["reconstruction"]
     assert r["tokens"] == 7000 // 64 * 64  # all of it is held out
@@ -3438,6 +3455,10 @@ def test_one_own_array_goes_all_the_way(tmp_path, capsys, monkeypatch):
             "acts_sha256")
     Path("rows.npy").unlink()
     refuses(evals.main, ["runs/rows", *CPU], capsys, "no longer at")
+    # those of a model, of that width, are evaluated with the model
+    argv = ["runs/rows", "--acts", acts_dir, "--only", "reconstruction,downstream", *CPU]
+    evals.main(list(map(str, argv)))
+    assert {"kl"} <= read_json(Path("runs/rows/evals.json"))["downstream"].keys()
 
 
 def test_a_wrong_scale_is_not_passed_over(tmp_path, capsys):
@@ -3459,6 +3480,9 @@ def test_a_wrong_scale_is_not_passed_over(tmp_path, capsys):
         m.b_enc *= s
         m.b_pre *= s
     found = evals.otherwise(m, x)
+    worse = {"nmse": 0.7, "otherwise": {"as they are": 0.3, "raw activations": 0.29}}
+    assert "is it of these" in evals.half_explained(worse)[0]  # the first contexts are better
+    assert "trained on such" in evals.half_explained({"nmse": 0.7, "otherwise": found})[0]
     assert min(found, key=found.get) == "activations normalised to norm sqrt(d - 1)"
     assert found[min(found, key=found.get)] == pytest.approx(right, rel=1e-3)
     noise = S.SAE(16, 64, 4)
@@ -3646,6 +3670,8 @@ REFUSED = [
     ("saelens topk", {"k": None}, {}, "not as another"),
     ("saelens before 6", {"activation_fn_str": "tanh-relu"}, {}, "tanh-relu"),
     ("saelens before 6", {}, {"scaling_factor": torch.arange(20.0)}, "scaling_factor"),
+    ("saelens topk", {"k": math.inf}, {}, "not as another"),
+    ("saelens standard", {}, {"threshold": torch.ones(20)}, "is it a ReLU"),
     ("sparsify", {"activation": "groupmax"}, {}, "groupmax"),
     ("sparsify", {"transcode": True}, {}, "transcode"),
     ("sparsify", {"skip_connection": True}, {}, "skip_connection"),
@@ -3666,6 +3692,35 @@ def test_what_has_no_such_form_is_refused_by_name(tmp_path, capsys, kind, settin
     refuses(evals.main, [tmp_path / "theirs"], capsys, why)
     refuses(S.main, ["--export", tmp_path / "theirs", tmp_path / "out"], capsys, why)
     assert not (tmp_path / "out").exists()
+
+
+def test_results_are_of_the_files_as_they_are(tmp_path, capsys, run_dir):
+    """A configuration that is edited, weights that change beside others: nothing old is shown."""
+    np.save(tmp_path / "x.npy", planted(4000).numpy())
+    argv = ["--acts", str(tmp_path / "x.npy"), "--only", "reconstruction", "--json", *CPU]
+    of = lambda path: (evals.main([str(path), *argv]), json.loads(capsys.readouterr().out))[1]
+    S.SAE.load(run_dir).to_saelens(tmp_path / "theirs")
+    assert of(tmp_path / "theirs")["reconstruction"]["l0"] == 4
+    cfg = read_json(tmp_path / "theirs/cfg.json")
+    (tmp_path / "theirs/cfg.json").write_text(json.dumps(cfg | {"k": 8}))
+    assert of(tmp_path / "theirs")["reconstruction"]["l0"] == 8
+    S.SAE.load(run_dir).save(tmp_path / "theirs/sae.pt")  # which goes before the others
+    assert of(tmp_path / "theirs")["reconstruction"]["l0"] == 4
+    other = S.SAE(16, 64, 2)
+    other.save(tmp_path / "theirs/sae.pt")
+    assert of(tmp_path / "theirs")["reconstruction"]["l0"] == 2
+    rows = planted(4000).numpy()
+    before = of(tmp_path / "theirs")["reconstruction"]["nmse"]
+    rows[2000:] = planted(2000, seed=8).numpy()
+    np.save(tmp_path / "x.npy", rows)
+    assert of(tmp_path / "theirs")["reconstruction"]["nmse"] != before
+    other.theta = torch.ones(64)
+    other.k = 64
+    other.save(tmp_path / "theirs/sae.pt")
+    saved = torch.load(tmp_path / "theirs/sae.pt")
+    saved["state"]["theta"] = torch.ones(9)
+    torch.save(saved, tmp_path / "theirs/sae.pt")
+    refuses(evals.main, [tmp_path / "theirs", *argv], capsys, "is not whole")
 
 
 def test_folders_that_hold_no_autoencoder(tmp_path, capsys):
