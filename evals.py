@@ -1239,7 +1239,8 @@ def read_runs(paths):
         meta = own.get("meta", {})
         config = meta.get("config", {})
         score = min(meta.get("nmse", {}).values(), default=math.nan)
-        if config.get("l1") or config.get("multi_topk") or not math.isfinite(score):
+        other = config.get("l1") or config.get("activation", "topk") != "topk"
+        if other or config.get("multi_topk") or not math.isfinite(score):
             why = "not a plain TopK run" if math.isfinite(score) else "has no held-out NMSE"
             print(f"  {path}: {why}, left out", file=sys.stderr)
             continue

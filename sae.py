@@ -282,12 +282,14 @@ SAE.device, SAE.dtype = (property(lambda s, a=a: getattr(s.W_dec, a)) for a in (
 # 2. A step
 # `objective` and its gradients, made from what a `Sparse` (section 3) selects.
 
-def losses(sae, u, c, aux, multi_topk=False):
+def losses(sae, u, c, aux, multi_topk=False, batch=False):
     """u (B, d) -> (loss, NMSE, residual e (B, d), values, indices (B, k)), all but loss detached.
     loss: NMSE, or L(k) + L(4k) / 8 (Multi-TopK, section 5.3), plus aux.error, yet unweighted."""
     k = min(4 * sae.k, sae.n_latents) if multi_topk else sae.k
-    code, *dead_code = sae.select(u, k, aux.dead, aux.k)
+    dead = aux.dead, aux.k
+    (code, *dead_code), cut = batch_code(sae, u, *dead) if batch else (sae.select(u, k, *dead), 0)
     values, support = sae.activate(u, *code)
+    values = values * (values.detach() >= cut) if batch else values
     wide = 0.0
     if multi_topk:
         wide = (u - sae.decode(values, support)).square().mean() / c / 8
@@ -297,13 +299,113 @@ def losses(sae, u, c, aux, multi_topk=False):
     loss = nmse + wide + aux.error(u, e, *dead_code)
     return loss, nmse.detach(), e, values.detach(), support.indices
 
-def relu_losses(sae, u, c, l1):
-    """As `losses`, of the ReLU baseline (section 2.2): NMSE + l1 |z|_1, however many are active."""
-    values = F.relu(sae.pre_acts(u))  # (B, n)
+def batch_code(sae, u, *dead):
+    """BatchTopK (Bussmann et al. 2024), the k B largest of a batch u (B, d) -> what `Sparse.select`
+    found, as wide as any token needs; the smallest of them."""
+    width = min(4 * sae.k, sae.n_latents)
+    while True:
+        codes = sae.select(u, width, *dead)
+        values = codes[0][0]
+        cut = values.flatten().kthvalue(values.numel() - sae.k * len(u) + 1).values
+        if width == sae.n_latents or values.amin(1).max() <= cut:  # no token was cut short
+            return codes, cut
+        width = min(2 * width, sae.n_latents)
+
+# The others, dense. Of a = W_enc (u - b_pre) (B, n): z; what `--l1` counts; and for one a code that
+# must reconstruct u too, with the decoder as it is.
+
+def relu(sae, a):
+    """Section 2.2: z = ReLU(a + b_enc)."""
+    z = F.relu(a + sae.b_enc)
+    return z, z, None
+
+def gated(sae, a):
+    """Rajamanoharan et al. 2024a: b_enc opens the gate, which learns by reconstructing alone."""
+    gate = F.relu(a + sae.b_enc)
+    return (gate > 0) * F.relu(a * sae.r_mag.exp() + sae.b_mag), gate, gate
+
+def prolu(sae, a, straight):
+    """Taggart 2024: z = a where a > 0 and a + b_enc > 0. Neither gradient is the true one."""
+    z = _ProLU.apply(a, sae.b_enc, straight)
+    return z, z, None
+
+def jumprelu(sae, a):
+    """Rajamanoharan et al. 2024b: z = a 1(a > cut), cut (n) learned; `--l1` counts L0."""
+    a, _ = a + sae.b_enc, sae.cut.data.clamp_(min=0)  # not in the graph: it must come back from 0
+    return _Jump.apply(a, sae.cut, False), _Jump.apply(a, sae.cut, True), None
+
+class _ProLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, straight):
+        on = (a > 0) & (a + b > 0)
+        ctx.save_for_backward(a, on)
+        ctx.straight = straight
+        return a * on
+
+    @staticmethod
+    def backward(ctx, g):
+        (a, on), straight = ctx.saved_tensors, ctx.straight
+        g = g * on
+        to_b = g * a if straight else g
+        return g + to_b * straight, to_b.sum(0), None
+
+class _Jump(torch.autograd.Function):
+    """a 1(a > cut), or 1(a > cut) alone; the step's gradient is that of a rectangle, WIDTH wide."""
+    WIDTH = 0.001  # for inputs of norm 1
+
+    @staticmethod
+    def forward(ctx, a, cut, alone):
+        ctx.save_for_backward(a, cut)
+        ctx.alone = alone
+        return (a > cut).to(a) if alone else a * (a > cut)
+
+    @staticmethod
+    def backward(ctx, g):
+        (a, cut), alone = ctx.saved_tensors, ctx.alone
+        near = g * ((a - cut).abs() < _Jump.WIDTH / 2) / _Jump.WIDTH
+        return None if alone else g * (a > cut), -(near if alone else near * cut).sum(0), None
+
+DENSE_ACTIVATIONS = {"relu": relu, "gated": gated, "jumprelu": jumprelu,
+                     "prolu_relu": lambda sae, a: prolu(sae, a, False),
+                     "prolu_ste": lambda sae, a: prolu(sae, a, True)}
+EXTRA = {"gated": {"r_mag": 0.0, "b_mag": 0.0}, "jumprelu": {"cut": 0.001}}  # parameters (n)
+
+def extended(sae, cfg):
+    """The autoencoder with the parameters that its activation function has beside the usual."""
+    for name, value in EXTRA.get(cfg.activation, {}).items():
+        sae.register_parameter(name, nn.Parameter(torch.full_like(sae.b_enc, value)))
+    return sae
+
+def dense_losses(sae, u, c, activation, l1):
+    """As `losses`, of another activation function: NMSE + l1 times what that counts."""
+    values, counted, alone = DENSE_ACTIVATIONS[activation](sae, F.linear(u - sae.b_pre, sae.W_enc))
     e = u - values @ sae.W_dec - sae.b_pre
-    nmse = e.square().mean() / c
+    nmse, loss = e.square().mean() / c, l1 * counted.sum(1).mean()
+    if alone is not None:
+        left = u - alone @ sae.W_dec.detach() - sae.b_pre.detach()
+        loss = loss + left.square().mean() / c
     indices = torch.arange(sae.n_latents, device=u.device).expand_as(values)
-    return nmse + l1 * values.sum(1).mean(), nmse.detach(), e.detach(), values.detach(), indices
+    return nmse + loss, nmse.detach(), e.detach(), values.detach(), indices
+
+FOLDS = {  # -> factors of W_enc's rows, b_enc, theta: where the gate opens, what was learned, ...
+    "gated": lambda s, u: (s.r_mag.exp(), s.b_mag, s.b_mag - s.r_mag.exp() * s.b_enc),
+    "jumprelu": lambda s, u: (torch.ones_like(s.cut), s.b_enc, s.cut),
+    "batchtopk": lambda s, u: (torch.ones_like(s.b_enc), s.b_enc, batch_code(s, u)[1]),
+    "prolu_relu": lambda s, u: (torch.ones_like(s.b_enc), 0 * s.b_enc, -s.b_enc)}
+FOLDS["prolu_ste"] = FOLDS["prolu_relu"]
+
+@torch.no_grad()
+def folded(sae, activation, u):
+    """What was trained as it is used: TopK or ReLU unchanged, the others with thresholds theta (n).
+    u (N, d): on these, BatchTopK's lets k latents a token through on average."""
+    if activation not in FOLDS:
+        return sae
+    scale, b, theta = FOLDS[activation](sae, u)
+    own = Sparse(sae.d_model, sae.n_latents, sae.n_latents).to(sae.W_enc)
+    own.theta, own.meta = theta.clamp(min=0).expand_as(b).clone(), sae.meta
+    state = {"W_enc": sae.W_enc * scale[:, None], "b_enc": b - own.theta, "theta": own.theta}
+    own.load_state_dict(state | {"W_dec": sae.W_dec, "b_pre": sae.b_pre})
+    return own
 
 class AuxK:
     """alpha times `auxk`, in a step. var(e) is of the whole batch, known at its end: until then the
@@ -347,6 +449,8 @@ class Trainer:
         self.ema = [torch.zeros_like(p) for p in self.params]
         self.silent = torch.zeros_like(sae.b_enc, dtype=torch.long)  # tokens since each fired
         self.n_dead = self.own_dead = 0  # of all latents, of those that are here
+        self.warmup = max(1, cfg.tokens // cfg.batch // 10)  # steps in which the penalty rises
+        self.recent = None  # some activations u of the last batch, to calibrate on
 
     def step(self, x, **wishes):
         """One optimizer step on raw activations x (B, d) -> nmse, l0, dead, and whether anyone has
@@ -372,10 +476,13 @@ class Trainer:
     def forward(self, x, share, aux, fired, tally):
         """Raw x (b, d), a part of the batch -> its loss; counts in `tally`, marks who `fired`."""
         cfg, u = self.cfg, normalize(x.to(self.sae.W_dec))[0]
-        if cfg.l1:
-            loss, nmse, e, values, indices = relu_losses(self.sae, u, self.c, cfg.l1)
+        self.recent = u[:8192].clone() if cfg.activation == "batchtopk" else None
+        if (kind := cfg.activation) in DENSE_ACTIVATIONS:
+            l1 = cfg.l1 * (1 if kind == "relu" else min(1, (self.steps + 1) / self.warmup))
+            found = dense_losses(self.sae, u, self.c, kind, l1)
         else:
-            loss, nmse, e, values, indices = losses(self.sae, u, self.c, aux, cfg.multi_topk)
+            found = losses(self.sae, u, self.c, aux, cfg.multi_topk, kind == "batchtopk")
+        loss, nmse, e, values, indices = found
         fires, mean = values > 0, e.mean(0)
         fired.scatter_reduce_(0, indices.flatten(), fires.flatten().long(), "amax")
         square = mean.double().square().mean() + (e - mean).square().mean()
@@ -425,6 +532,10 @@ class Trainer:
         torch._foreach_copy_(list(sae.parameters()), self.ema)
         sae.normalize_decoder()
         return sae
+
+    def inference(self, sae=None):
+        """What is evaluated and saved of these weights, or of such as `averaged` gives."""
+        return folded(sae or self.sae, self.cfg.activation, self.recent)
 
     def state(self):
         """A checkpoint, for `restore`: of the latents that are here."""
@@ -980,7 +1091,7 @@ class Run:
         torch.empty(len(mesh.part(cfg.n_latents)), u.shape[1])  # if there is no room, now
         with torch.random.fork_rng([]):
             torch.manual_seed(cfg.seed)
-            sae = mesh.sae(u.shape[1], cfg.n_latents, cfg.k).to(cfg.device)
+            sae = extended(mesh.sae(u.shape[1], cfg.n_latents, cfg.k), cfg).to(cfg.device)
             init_from_data(sae, u)
         sae.meta = dict(meta or {})
         return mesh.trainer(cfg, sae, c)
@@ -1060,18 +1171,20 @@ class Run:
         pace = sorted(self.paces)[len(self.paces) // 2]  # seconds a step, the median of late
         line = {"step": done, "tokens": done * batch, "nmse": info["nmse"],
                 "l0": info["l0"], "dead": float(info["dead"]), "tokens_per_s": batch / pace}
-        line |= {"val_nmse": nmse(trainer.sae, val)} if evaluate else {}
+        line |= {"val_nmse": nmse(trainer.inference(), val)} if evaluate else {}
         self.mark = done, time.time()
         if self.mesh.rank == 0:
             with open(self.path / "log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
             tell(line | {"lr": self.cfg.lr, "seconds_left": left * pace})
 
-    def finish(self, trainer, val):
+    def finish(self, trainer, val, stream):
         """EMA or raw weights, by the NMSE of `val` in full precision; rank 0 writes sae.pt."""
+        if trainer.recent is None and self.cfg.activation == "batchtopk":  # no step was left
+            trainer.recent = normalize(next_batch(self, trainer, stream).float())[0]
         trainer.sae.product_dtype = None
         torch.set_float32_matmul_precision("highest")
-        saes = {"raw": trainer.sae, "ema": trainer.averaged()}
+        saes = {"raw": trainer.inference(), "ema": trainer.inference(trainer.averaged())}
         scores = {"ema": math.nan} if val is None else {s: nmse(saes[s], val) for s in saes}
         kept = min(scores, key=scores.get)
         self.save(trainer)
@@ -1127,7 +1240,8 @@ def restore(saved, cfg, mesh=ALONE, source="the checkpoint"):
             "acts", "model", "text", "layer", "site", "ctx")  # which `identity` looks at
     mine = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
     said, remedy = "was made with another configuration", "use those values or another --out"
-    agree(saved[0]["config"], mine, f"{source} {said}", remedy)
+    there = {"activation": "relu" if saved[0]["config"]["l1"] else "topk"} | saved[0]["config"]
+    agree(there, mine, f"{source} {said}", remedy)
     own = mesh.part(cfg.n_latents)
     def rows(name):  # of what the shards, equally large, hold between them
         parts = [s["tensors"][name] for s in saved]
@@ -1135,7 +1249,7 @@ def restore(saved, cfg, mesh=ALONE, source="the checkpoint"):
         cut = [p[max(0, own.start - i) : max(0, own.stop - i)] for i, p in zip(starts, parts)]
         return parts[0].clone() if name.startswith("b_pre") else torch.cat(cut)
 
-    sae = mesh.sae(len(rows("b_pre")), cfg.n_latents, cfg.k)
+    sae = extended(mesh.sae(len(rows("b_pre")), cfg.n_latents, cfg.k), cfg)
     sae.load_state_dict({name: rows(name) for name in sae.state_dict()})
     sae.meta = saved[0]["meta"]
     trainer = mesh.trainer(cfg, sae.to(cfg.device), saved[0]["c"])
@@ -1249,7 +1363,7 @@ def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
                 if info["stop"]:
                     raise KeyboardInterrupt(f"stopped at step {trainer.steps}; saved a checkpoint "
                                             f"in {cfg.out}; continue with --resume")
-            return run.finish(trainer, val)
+            return run.finish(trainer, val, stream)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1410,8 +1524,8 @@ def option(default, text, auto=""):
 class Config:
     n_latents: int = option(32768, "latents n")
     k: int = option(32, "active latents a token")
-    acts: str = option("", "a harvest; or .npy, .npz, .pt, .safetensors, a folder of such: (N, d) or"
-                       " (contexts, T, d)", "acts/; if not there made, on CUDA streamed")
+    acts: str = option("", "a harvest; or .npy, .npz, .pt, .safetensors, a folder of such: (N, d), "
+                       "(contexts, T, d)", "acts/; if not there made, on CUDA streamed")
     out: str = option("", "run directory", "runs/n{n_latents}_k{k}, and all else that is given")
     model: str = option("auto", "model when activations must be made: gpt2, ..., stdlib, or a path")
     text: str = option("", "text when activations must be made", "what the model was trained on")
@@ -1431,7 +1545,10 @@ class Config:
     accumulate: int = option(1, "parts in which a batch is worked through, to save memory")
     shards: int = option(1, "under torchrun: processes that share the latents, not the batch")
     multi_topk: bool = option(False, "loss L(k) + L(4k)/8: a code that is good at many test-time k")
-    l1: float = option(0.0, "the ReLU baseline with this L1 penalty; --k and AuxK do not apply")
+    activation: str = option("", "topk, batchtopk (k on average); with --l1, without --k and AuxK: "
+                             "relu, gated, prolu_relu, prolu_ste, jumprelu", "topk; relu for --l1")
+    l1: float = option(0.0, "coefficient of the penalty: |z|_1, of jumprelu L0; warmed up over a "
+                       "tenth of the steps but for relu")
     precision: str = option("", "encoder product: bf16 or fp32", "bf16 if the hardware has it")
     seed: int = option(0, "of initialisation and data order")
     device: str = option("", "cuda or cpu", "cuda if there")
@@ -1458,18 +1575,22 @@ def resolve(cfg, d_model, tokens):
     for name in ("tokens", "batch", "lr", "k_aux", "aux_coef", "dead_tokens", "clip", "l1", "ema",
                  "minutes", "seed"):
         require(0 <= getattr(c, name) < math.inf, f"--{name} {getattr(c, name)} is no such number")
-    require(c.l1 == 0 or c.l1 > 0 and not c.multi_topk,
-            f"--l1 {c.l1:g} must be positive, and goes without --multi_topk")
-    if c.l1:
+    c.activation = c.activation or ("relu" if c.l1 else "topk")
+    dense, kinds = c.activation in DENSE_ACTIVATIONS, ("topk", "batchtopk", *DENSE_ACTIVATIONS)
+    require(c.activation in kinds, f"--activation {c.activation}: choose of {', '.join(kinds)}")
+    require(dense == (c.l1 > 0), f"--activation {c.activation} goes "
+            f"{'with a positive' if dense else 'without'} --l1")
+    require(not c.multi_topk or c.activation == "topk", "--multi_topk is of TopK alone")
+    if dense:
         c.k, c.aux_coef = c.n_latents, 0.0
     require(c.accumulate >= 1, f"--accumulate {c.accumulate} must be at least 1")
     require(c.shards >= 1, f"--shards {c.shards} must be at least 1")
-    require(c.shards == 1 or c.k != c.n_latents,
-            f"--shards {c.shards} goes with TopK only (k < n_latents, no --l1)")
+    require(c.shards == 1 or c.k != c.n_latents and c.activation == "topk",
+            f"--shards {c.shards} goes with TopK only (k < n_latents)")
     require(1 <= c.k <= c.n_latents, f"k = {c.k} must be between 1 and n_latents = {c.n_latents}")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     c.tokens = c.tokens or tokens
-    most = min(PAPER_BATCH, max(1024, 2**29 // c.n_latents)) if c.l1 else PAPER_BATCH  # dense codes
+    most = min(PAPER_BATCH, max(1024, 2**29 // c.n_latents)) if dense else PAPER_BATCH
     c.batch = c.batch or min(most, max(1024, 2 ** round(math.log2(max(c.tokens, 1) / 2000))))
     steps = c.tokens // c.batch if c.batch > 0 else 0
     require(steps > 0, f"{c.tokens:,} tokens are less than one batch of {c.batch:,}; "

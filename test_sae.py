@@ -477,7 +477,7 @@ def test_loss_and_every_gradient(size, seed, multi, k_aux):
 def test_relu_baseline_loss_and_gradients(size, seed, l1):
     d, n, _, B = size
     m, u, scale = make_sae(d, n, n, seed), randn(B, d, seed=seed), 0.3
-    loss, nmse, _, values, indices = S.relu_losses(m, u, scale, l1)
+    loss, nmse, _, values, indices = S.dense_losses(m, u, scale, "relu", l1)
     loss.backward()
     ours = [p.grad.clone() for p in m.parameters()]
     m.zero_grad()
@@ -3895,6 +3895,192 @@ def test_every_recipe_of_the_readme_runs(tmp_path, monkeypatch):
     direct = sae.unit(first)[2][0, -1] * (sae.W_dec[at] @ model[3].weight[3])
     assert torch.allclose(effect, names["kept"]["values"][0, -1] * direct, atol=1e-5)
     assert names["neighbours"][0] == i
+
+
+# ---------------------------------------------------------------------- other activation functions
+
+
+def activated(kind, d=6, n=20, B=30, seed=0):
+    """An autoencoder of that kind with nothing at zero, and inputs."""
+    m = make_sae(d, n, n, seed)
+    S.extended(m, S.Config(activation=kind))
+    with torch.no_grad():
+        for name in S.EXTRA.get(kind, ()):
+            getattr(m, name).copy_(0.3 * randn(n, seed=seed + 1))
+        m.b_enc.copy_(0.2 * randn(n, seed=seed + 2))
+    return m, S.normalize(randn(B, d, seed=seed + 3))[0]
+
+
+@pytest.mark.parametrize("kind", S.DENSE_ACTIVATIONS)
+@given(seeds)
+@settings(max_examples=10)
+def test_folding_changes_no_code(kind, seed):
+    m, u = activated(kind, seed=seed)
+    values = S.DENSE_ACTIVATIONS[kind](m, F.linear(u - m.b_pre, m.W_enc))[0]
+    own = S.folded(m, kind, u)
+    assert torch.allclose(to_dense(*own.encode(u), 20), values, atol=1e-12)
+    assert (own.theta is None) == (kind == "relu") and {*own.state_dict()} <= {
+        "W_enc", "b_enc", "W_dec", "b_pre", "theta"}
+
+
+def test_gradients_of_the_activation_functions():
+    """By their papers' formulas: neither ProLU's nor JumpReLU's is the true one."""
+    m, u = activated("gated")
+    a = F.linear(u - m.b_pre, m.W_enc)
+    z, _, gate = S.gated(m, a)
+    on = a + m.b_enc > 0
+    assert torch.equal(z, on * (a * m.r_mag.exp() + m.b_mag).relu())
+    loss = S.dense_losses(m, u, 1.0, "gated", 0.0)[0]
+    grad = torch.autograd.grad(loss, m.b_enc)[0]  # of the gate: through its own reconstruction
+    error = (u - m.b_pre - gate @ m.W_dec).detach()
+    assert torch.allclose(grad, (-2 * (error @ m.W_dec.T) * on).sum(0) / u.numel())
+    for straight in (False, True):
+        a, b = (randn(*shape, seed=4).requires_grad_() for shape in ((9, 5), (5,)))
+        g = randn(9, 5, seed=2)
+        z = S._ProLU.apply(a, b, straight)
+        on = (a > 0) & (a + b > 0)
+        assert torch.equal(z, a * on) and torch.equal(S._ProLU.apply(3 * a, b.abs(), False),
+                                                      (3 * a).relu())
+        to_a, to_b = torch.autograd.grad(z, (a, b), g)
+        assert torch.allclose(to_b, (on * g * (a if straight else 1)).sum(0))
+        assert torch.allclose(to_a, on * g * (1 + a) if straight else on * g)
+
+
+def test_the_gradient_of_a_threshold_is_that_of_the_expected_loss(monkeypatch):
+    """a of N(0, 1): d/dt E[(a - z)^2 + l 1(a > t)] = (t^2 - l) phi(t); the step is taken of a."""
+    monkeypatch.setattr(S._Jump, "WIDTH", 0.05)
+    a = randn(4_000_000, 1, dtype=F32)
+    for t, l1 in ((0.5, 0.0), (0.5, 0.7), (1.0, 0.2), (1.5, 1.0)):
+        cut = torch.tensor([t], requires_grad=True)
+        z, on = (S._Jump.apply(a, cut, alone) for alone in (False, True))
+        ((a - z).square() + l1 * on).mean().backward()
+        exact = (t**2 - l1) * math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+        assert cut.grad.item() == pytest.approx(exact, abs=6e-3)
+
+
+@given(st.integers(3, 9), st.integers(2, 80), st.integers(1, 5), st.integers(1, 40), seeds)
+def test_batchtopk_is_exact_over_the_batch(d, n, k, B, seed):
+    k = min(k, n - 1)
+    m, u = make_sae(d, n, k, seed), S.normalize(randn(B, d, seed=seed + 1))[0]
+    u[0] *= 50  # a busy token must not be cut short
+    dense = m.pre_acts(u).relu()
+    (code, *_), cut = S.batch_code(m, u)
+    kept = to_dense(*(code[0] * (code[0] >= cut), code[1].indices), n)
+    wanted = dense.flatten().topk(k * B).values
+    assert torch.allclose(kept, torch.where(dense >= wanted[-1], dense, 0.0))
+    if wanted[-1] > 0:
+        assert (kept > 0).sum() == k * B
+    # as a step has it: loss and gradients of that code, and what `folded` leaves active
+    aux = argparse.Namespace(dead=torch.arange(0), k=0, error=lambda *a: 0.0)
+    loss, nmse, e, values, _ = S.losses(m, u, 1.0, aux, batch=True)
+    assert torch.allclose(e, u - kept @ m.W_dec - m.b_pre)
+    mask = (kept > 0).double()
+    ours = torch.autograd.grad(loss, [*m.parameters()])
+    again = (u - (m.pre_acts(u).relu() * mask) @ m.W_dec - m.b_pre).square().mean()
+    for one, other in zip(ours, torch.autograd.grad(again, [*m.parameters()])):
+        assert torch.allclose(one, other, atol=1e-10)
+    active = (S.folded(m, "batchtopk", u).encode(u)[0] > 0).sum()
+    assert abs(int(active) - int(mask.sum())) <= 1
+
+
+def planted_run(activation, l1, make, steps=500, B=256):
+    """A dictionary of 64 atoms in 32 dimensions, learned -> what it reconstructs with."""
+    tokens = steps * B
+    cfg = S.Config(n_latents=64, k=4, batch=B, tokens=tokens, lr=3e-3, l1=l1, device="cpu",
+                   activation=activation, dead_tokens=10**8, precision="fp32")
+    cfg = S.resolve(cfg, 32, tokens)
+    g = gen(1)
+    u = S.normalize(make(4096, g))[0]
+    torch.manual_seed(0)
+    m = S.extended(S.Sparse(32, 64, cfg.k), cfg)
+    S.init_from_data(m, u)
+    t = S.Trainer(cfg, m, (u - u.mean(0)).square().mean().item())
+    for _ in range(steps):
+        t.step(make(B, g))
+    return t.inference()
+
+
+ATOMS = F.normalize(randn(64, 32, seed=99, dtype=F32), dim=1)
+
+
+def test_only_relu_shrinks_what_it_finds():
+    """A planted dictionary: at a like L0, the others' values are nearer to the best ones."""
+    def make(B, g):
+        on = torch.rand(B, 64, generator=g) < 4 / 64
+        return (torch.rand(B, 64, generator=g) + 0.5) * on @ ATOMS
+
+    x, found = make(2048, gen(5))[:, None], {}
+    for kind, l1 in (("relu", 0.4), ("gated", 0.5), ("jumprelu", 0.03), ("prolu_relu", 0.1)):
+        m = planted_run(kind, l1, make)
+        r = evals.reconstruction(m, x)
+        assert 3 < r["l0"] < 7 and r["nmse"] < 0.3, (kind, r["l0"], r["nmse"])
+        found[kind] = evals.refinement(m, x)["ratio"]
+    assert found["relu"] > 1.6 and max(found["gated"], found["jumprelu"]) < 1.1
+    assert found["prolu_relu"] < 1.3
+
+
+def test_batchtopk_gives_each_token_what_it_needs():
+    """Half of the tokens are made of two atoms, half of six: so many latents are active."""
+    def make(B, g):
+        few = torch.arange(B)[:, None] % 2 * 4 + 2
+        on = torch.rand(B, 64, generator=g).argsort(1) < few
+        return (torch.rand(B, 64, generator=g) + 0.5) * on @ ATOMS
+
+    x = make(2048, gen(5))
+    active = lambda m: (m.encode(S.normalize(x)[0])[0] > 0).double().sum(1).view(-1, 2).mean(0)
+    found = active(planted_run("batchtopk", 0.0, make))
+    assert found[0] < 3 and found[1] > 5 and found.mean() == pytest.approx(4, rel=0.04)
+    assert (active(planted_run("topk", 0.0, make, 50)) - 4).abs().max() < 0.2
+
+
+def test_every_activation_from_the_command_line(tmp_path, capsys, acts_dir):
+    for kind in ("batchtopk", *S.DENSE_ACTIVATIONS):
+        given_ = ["--activation", kind, *(["--l1", "0.02"] if kind != "batchtopk" else [])]
+        out = tmp_path / kind
+        argv = [str(a) for a in [*TINY, *given_, "--acts", acts_dir, "--out", out]]
+        S.main(argv)
+        assert read_json(out / "config.json")["activation"] == kind
+        evals.main([str(out), "--only", "reconstruction,refinement,downstream", *CPU])
+        r = read_json(out / "evals.json")
+        assert r["reconstruction"]["nmse"] < 0.9 and r["reconstruction"]["l0"] > 1
+        m = S.SAE.load(out)
+        m.to_saelens(tmp_path / f"{kind}-out")
+        x = randn(20, 16, dtype=F32)
+        assert torch.allclose(S.SAE.load(tmp_path / f"{kind}-out")(x), m(x), atol=1e-4)
+    no = [*TINY, "--acts", acts_dir, "--out", tmp_path / "no"]
+    for given_, why in ((["--activation", "swish"], "choose of topk"),
+                        (["--activation", "gated"], "goes with a positive --l1"),
+                        (["--activation", "topk", "--l1", "0.1"], "goes without --l1"),
+                        (["--activation", "batchtopk", "--multi_topk"], "is of TopK alone")):
+        refuses(S.main, [*no, *given_], capsys, why)
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated"])
+def test_the_penalty_is_warmed_up(tmp_path, kind, monkeypatch):
+    """At first all latents are active: but for ReLU, it rises over a tenth of the steps."""
+    seen, own = [], S.dense_losses
+    monkeypatch.setattr(S, "dense_losses", lambda *a: seen.append(a[-1]) or own(*a))
+    S.train(tiny_config(tmp_path, activation=kind, l1=0.02), planted_batches)
+    rises = [0.02 * min(1, i / 4) for i in range(1, 41)]
+    assert seen == pytest.approx([0.02] * 40 if kind == "relu" else rises)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "gated", "jumprelu"])
+def test_what_an_activation_has_learned_is_resumed(tmp_path, kind):
+    more = {"activation": kind, "l1": 0.0 if kind == "batchtopk" else 0.02}
+    whole = S.train(tiny_config(tmp_path / "a", **more), planted_batches, planted(200))
+
+    def stops(line):
+        if line["step"] == 20:
+            raise KeyboardInterrupt
+
+    cfg = tiny_config(tmp_path / "b", minutes=0.0, **more)
+    with pytest.raises(KeyboardInterrupt):
+        S.train(cfg, planted_batches, planted(200), log=stops)
+    again = S.train(dataclasses.replace(cfg, resume=True), planted_batches, planted(200))
+    assert same_weights(whole, again) and torch.equal(whole.theta, again.theta)
+    done = S.train(dataclasses.replace(cfg, resume=True), planted_batches, planted(200))
+    assert (done.theta - whole.theta).abs().max() < 0.2  # calibrated on other tokens, if at all
 
 
 # ----------------------------------------------------- bad input: one line, status 2, nothing lost
