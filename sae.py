@@ -19,7 +19,8 @@ The method, with x an activation of width d:
     c = MSE of predicting the mean    values, indices (B, k): the code z, sparse
 
 Section 1 is the whole method, plainly: paste it under the import lines of torch, and it trains.
-Sections 2 to 4 are the same numbers: in steps, fast, on many processes. 5 and 7 are the program.
+Sections 2 to 4 are the same numbers: in steps, fast, on many processes. 5 and 8 are the program,
+6 has other activation functions, 7 other libraries' files.
 Copied alone into another project, this file needs torch and nothing else.
 """
 
@@ -298,114 +299,6 @@ def losses(sae, u, c, aux, multi_topk=False, batch=False):
     nmse, e = e.square().mean() / c, e.detach()
     loss = nmse + wide + aux.error(u, e, *dead_code)
     return loss, nmse.detach(), e, values.detach(), support.indices
-
-def batch_code(sae, u, *dead):
-    """BatchTopK (Bussmann et al. 2024), the k B largest of a batch u (B, d) -> what `Sparse.select`
-    found, as wide as any token needs; the smallest of them."""
-    width = min(4 * sae.k, sae.n_latents)
-    while True:
-        codes = sae.select(u, width, *dead)
-        values = codes[0][0]
-        cut = values.flatten().kthvalue(values.numel() - sae.k * len(u) + 1).values
-        if width == sae.n_latents or values.amin(1).max() <= cut:  # no token was cut short
-            return codes, cut
-        width = min(2 * width, sae.n_latents)
-
-# The others, dense. Of a = W_enc (u - b_pre) (B, n): z; what `--l1` counts; and for one a code that
-# must reconstruct u too, with the decoder as it is.
-
-def relu(sae, a):
-    """Section 2.2: z = ReLU(a + b_enc)."""
-    z = F.relu(a + sae.b_enc)
-    return z, z, None
-
-def gated(sae, a):
-    """Rajamanoharan et al. 2024a: b_enc opens the gate, which learns by reconstructing alone."""
-    gate = F.relu(a + sae.b_enc)
-    return (gate > 0) * F.relu(a * sae.r_mag.exp() + sae.b_mag), gate, gate
-
-def prolu(sae, a, straight):
-    """Taggart 2024: z = a where a > 0 and a + b_enc > 0. Neither gradient is the true one."""
-    z = _ProLU.apply(a, sae.b_enc, straight)
-    return z, z, None
-
-def jumprelu(sae, a):
-    """Rajamanoharan et al. 2024b: z = a 1(a > cut), cut (n) learned; `--l1` counts L0."""
-    a, _ = a + sae.b_enc, sae.cut.data.clamp_(min=0)  # not in the graph: it must come back from 0
-    return _Jump.apply(a, sae.cut, False), _Jump.apply(a, sae.cut, True), None
-
-class _ProLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a, b, straight):
-        on = (a > 0) & (a + b > 0)
-        ctx.save_for_backward(a, on)
-        ctx.straight = straight
-        return a * on
-
-    @staticmethod
-    def backward(ctx, g):
-        (a, on), straight = ctx.saved_tensors, ctx.straight
-        g = g * on
-        to_b = g * a if straight else g
-        return g + to_b * straight, to_b.sum(0), None
-
-class _Jump(torch.autograd.Function):
-    """a 1(a > cut), or 1(a > cut) alone; the step's gradient is that of a rectangle, WIDTH wide."""
-    WIDTH = 0.001  # for inputs of norm 1
-
-    @staticmethod
-    def forward(ctx, a, cut, alone):
-        ctx.save_for_backward(a, cut)
-        ctx.alone = alone
-        return (a > cut).to(a) if alone else a * (a > cut)
-
-    @staticmethod
-    def backward(ctx, g):
-        (a, cut), alone = ctx.saved_tensors, ctx.alone
-        near = g * ((a - cut).abs() < _Jump.WIDTH / 2) / _Jump.WIDTH
-        return None if alone else g * (a > cut), -(near if alone else near * cut).sum(0), None
-
-DENSE_ACTIVATIONS = {"relu": relu, "gated": gated, "jumprelu": jumprelu,
-                     "prolu_relu": lambda sae, a: prolu(sae, a, False),
-                     "prolu_ste": lambda sae, a: prolu(sae, a, True)}
-EXTRA = {"gated": {"r_mag": 0.0, "b_mag": 0.0}, "jumprelu": {"cut": 0.001}}  # parameters (n)
-
-def extended(sae, cfg):
-    """The autoencoder with the parameters that its activation function has beside the usual."""
-    for name, value in EXTRA.get(cfg.activation, {}).items():
-        sae.register_parameter(name, nn.Parameter(torch.full_like(sae.b_enc, value)))
-    return sae
-
-def dense_losses(sae, u, c, activation, l1):
-    """As `losses`, of another activation function: NMSE + l1 times what that counts."""
-    values, counted, alone = DENSE_ACTIVATIONS[activation](sae, F.linear(u - sae.b_pre, sae.W_enc))
-    e = u - values @ sae.W_dec - sae.b_pre
-    nmse, loss = e.square().mean() / c, l1 * counted.sum(1).mean()
-    if alone is not None:
-        left = u - alone @ sae.W_dec.detach() - sae.b_pre.detach()
-        loss = loss + left.square().mean() / c
-    indices = torch.arange(sae.n_latents, device=u.device).expand_as(values)
-    return nmse + loss, nmse.detach(), e.detach(), values.detach(), indices
-
-FOLDS = {  # -> factors of W_enc's rows, b_enc, theta: where the gate opens, what was learned, ...
-    "gated": lambda s, u: (s.r_mag.exp(), s.b_mag, s.b_mag - s.r_mag.exp() * s.b_enc),
-    "jumprelu": lambda s, u: (torch.ones_like(s.cut), s.b_enc, s.cut),
-    "batchtopk": lambda s, u: (torch.ones_like(s.b_enc), s.b_enc, batch_code(s, u)[1]),
-    "prolu_relu": lambda s, u: (torch.ones_like(s.b_enc), 0 * s.b_enc, -s.b_enc)}
-FOLDS["prolu_ste"] = FOLDS["prolu_relu"]
-
-@torch.no_grad()
-def folded(sae, activation, u):
-    """What was trained as it is used: TopK or ReLU unchanged, the others with thresholds theta (n).
-    u (N, d): on these, BatchTopK's lets k latents a token through on average."""
-    if activation not in FOLDS:
-        return sae
-    scale, b, theta = FOLDS[activation](sae, u)
-    own = Sparse(sae.d_model, sae.n_latents, sae.n_latents).to(sae.W_enc)
-    own.theta, own.meta = theta.clamp(min=0).expand_as(b).clone(), sae.meta
-    state = {"W_enc": sae.W_enc * scale[:, None], "b_enc": b - own.theta, "theta": own.theta}
-    own.load_state_dict(state | {"W_dec": sae.W_dec, "b_pre": sae.b_pre})
-    return own
 
 class AuxK:
     """alpha times `auxk`, in a step. var(e) is of the whole batch, known at its end: until then the
@@ -1367,7 +1260,120 @@ def train(cfg, batches, val=None, meta=None, log=None, mesh=ALONE):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Files of other libraries
+# 6. Other activation functions
+# Trained as their papers do; used, all of them, as z = a 1(a > theta).
+
+def batch_code(sae, u, *dead):
+    """BatchTopK (Bussmann et al. 2024), the k B largest of a batch u (B, d) -> what `Sparse.select`
+    found, as wide as any token needs; the smallest of them."""
+    width = min(4 * sae.k, sae.n_latents)
+    while True:
+        codes = sae.select(u, width, *dead)
+        values = codes[0][0]
+        cut = values.flatten().kthvalue(values.numel() - sae.k * len(u) + 1).values
+        if width == sae.n_latents or values.amin(1).max() <= cut:  # no token was cut short
+            return codes, cut
+        width = min(2 * width, sae.n_latents)
+
+# Dense ones: of a = W_enc (u - b_pre) (B, n), z; what `--l1` counts; and for one of them a code that
+# must reconstruct u too, with the decoder as it is.
+
+def relu(sae, a):
+    """Section 2.2: z = ReLU(a + b_enc)."""
+    z = F.relu(a + sae.b_enc)
+    return z, z, None
+
+def gated(sae, a):
+    """Rajamanoharan et al. 2024a: b_enc opens the gate, which learns by reconstructing alone."""
+    gate = F.relu(a + sae.b_enc)
+    return (gate > 0) * F.relu(a * sae.r_mag.exp() + sae.b_mag), gate, gate
+
+def prolu(sae, a, straight):
+    """Taggart 2024: z = a where a > 0 and a + b_enc > 0. Neither gradient is the true one."""
+    z = _ProLU.apply(a, sae.b_enc, straight)
+    return z, z, None
+
+def jumprelu(sae, a):
+    """Rajamanoharan et al. 2024b: z = a 1(a > cut), cut (n) learned; `--l1` counts L0."""
+    a, _ = a + sae.b_enc, sae.cut.data.clamp_(min=0)  # not in the graph: it must come back from 0
+    return _Jump.apply(a, sae.cut, False), _Jump.apply(a, sae.cut, True), None
+
+class _ProLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, straight):
+        on = (a > 0) & (a + b > 0)
+        ctx.save_for_backward(a, on)
+        ctx.straight = straight
+        return a * on
+
+    @staticmethod
+    def backward(ctx, g):
+        (a, on), straight = ctx.saved_tensors, ctx.straight
+        g = g * on
+        to_b = g * a if straight else g
+        return g + to_b * straight, to_b.sum(0), None
+
+class _Jump(torch.autograd.Function):
+    """a 1(a > cut), or 1(a > cut) alone; the step's gradient is that of a rectangle, WIDTH wide."""
+    WIDTH = 0.001  # for inputs of norm 1
+
+    @staticmethod
+    def forward(ctx, a, cut, alone):
+        ctx.save_for_backward(a, cut)
+        ctx.alone = alone
+        return (a > cut).to(a) if alone else a * (a > cut)
+
+    @staticmethod
+    def backward(ctx, g):
+        (a, cut), alone = ctx.saved_tensors, ctx.alone
+        near = g * ((a - cut).abs() < _Jump.WIDTH / 2) / _Jump.WIDTH
+        return None if alone else g * (a > cut), -(near if alone else near * cut).sum(0), None
+
+DENSE_ACTIVATIONS = {"relu": relu, "gated": gated, "jumprelu": jumprelu,
+                     "prolu_relu": lambda sae, a: prolu(sae, a, False),
+                     "prolu_ste": lambda sae, a: prolu(sae, a, True)}
+EXTRA = {"gated": {"r_mag": 0.0, "b_mag": 0.0}, "jumprelu": {"cut": 0.001}}  # parameters (n)
+
+def extended(sae, cfg):
+    """The autoencoder with the parameters that its activation function has beside the usual."""
+    for name, value in EXTRA.get(cfg.activation, {}).items():
+        sae.register_parameter(name, nn.Parameter(torch.full_like(sae.b_enc, value)))
+    return sae
+
+def dense_losses(sae, u, c, activation, l1):
+    """As `losses`, of another activation function: NMSE + l1 times what that counts."""
+    values, counted, alone = DENSE_ACTIVATIONS[activation](sae, F.linear(u - sae.b_pre, sae.W_enc))
+    e = u - values @ sae.W_dec - sae.b_pre
+    nmse, loss = e.square().mean() / c, l1 * counted.sum(1).mean()
+    if alone is not None:
+        left = u - alone @ sae.W_dec.detach() - sae.b_pre.detach()
+        loss = loss + left.square().mean() / c
+    indices = torch.arange(sae.n_latents, device=u.device).expand_as(values)
+    return nmse + loss, nmse.detach(), e.detach(), values.detach(), indices
+
+FOLDS = {  # of what was trained: factors of W_enc's rows, b_enc, theta
+    "gated": lambda s, u: (s.r_mag.exp(), s.b_mag, s.b_mag - s.r_mag.exp() * s.b_enc),
+    "jumprelu": lambda s, u: (torch.ones_like(s.cut), s.b_enc, s.cut),
+    "batchtopk": lambda s, u: (torch.ones_like(s.b_enc), s.b_enc, batch_code(s, u)[1]),
+    "prolu_relu": lambda s, u: (torch.ones_like(s.b_enc), 0 * s.b_enc, -s.b_enc)}
+FOLDS["prolu_ste"] = FOLDS["prolu_relu"]
+
+@torch.no_grad()
+def folded(sae, activation, u):
+    """What was trained as it is used: TopK or ReLU unchanged, the others with thresholds theta (n).
+    u (N, d): on these, BatchTopK's lets k latents a token through on average."""
+    if activation not in FOLDS:
+        return sae
+    scale, b, theta = FOLDS[activation](sae, u)
+    own = Sparse(sae.d_model, sae.n_latents, sae.n_latents).to(sae.W_enc)
+    own.theta, own.meta = theta.clamp(min=0).expand_as(b).clone(), sae.meta
+    state = {"W_enc": sae.W_enc * scale[:, None], "b_enc": b - own.theta, "theta": own.theta}
+    own.load_state_dict(state | {"W_dec": sae.W_dec, "b_pre": sae.b_pre})
+    return own
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Files of other libraries
 # Theirs: a = W_enc (x - b_pre) + b_enc, or W_enc x + b_enc; then TopK, a ReLU, or thresholds.
 
 FOREIGN = "sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz", "params.safetensors"
@@ -1512,7 +1518,7 @@ SAE.from_openai, SAE.to_saelens = classmethod(from_openai), to_saelens
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The command
+# 8. The command
 # The fields of Config are its options; one left at `auto` is chosen by `resolve`.
 
 PAPER_BATCH = 131_072

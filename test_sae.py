@@ -163,7 +163,8 @@ def test_no_process_is_mentioned_above_section_4():
     text = (HERE / "sae.py").read_text().split("# 1. The method\n")[1]
     titles = re.findall(r"^# -{98}\n# (.*)\n", text, re.M)
     assert titles == ["2. A step", "3. Fast", "4. Large", "5. A run",
-                      "6. Files of other libraries", "7. The command"]
+                      "6. Other activation functions", "7. Files of other libraries",
+                      "8. The command"]
     processes = r"(?i)mesh|shard|replica|process|\brank|\bworld|\bdist\."
     assert not re.findall(processes, text.split("# 4. Large")[0])
 
