@@ -1115,35 +1115,37 @@ def shares(mesh):
 
 
 KILLED_RUN = """
-name, kill_at = {!r}, {}
 mesh, restarts = S.Mesh.join(2), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-cfg = T.tiny_config(T.Path(out), out=out + "/" + name, tokens=64 * 60, minutes=0.0, shards=2)
 step = S.Trainer.step
 def step_or_die(trainer, x, **wishes):
     mine = mesh.shard == restarts % 2
     if mine and restarts < len(kill_at) and trainer.steps == kill_at[restarts]:
+        T.Path(out, f"shard {{mesh.shard}} died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return step(trainer, x, **wishes)
 S.Trainer.step = step_or_die
-S.train(cfg, T.shares(mesh), T.planted(100), mesh=mesh)
+for name, kill_at in {!r}:
+    cfg = T.tiny_config(T.Path(out), out=out + "/" + name, tokens=64 * 40, minutes=0.0, shards=2)
+    S.train(cfg, T.shares(mesh), T.planted(100), mesh=mesh)
 mesh.leave()
 """
 
 
 def test_a_killed_process_costs_nothing_but_time(tmp_path):
-    """Three kills of either shard in 60 steps, restarted each time: an undisturbed run's bits."""
+    """A kill of either shard in 40 steps, restarted each time: an undisturbed run's bits."""
     again = "--max-restarts", "3", "--monitor-interval", "0.1"
-    kills = {"calm": [], "killed": [1, 25, 40]}
-    runs = [torchrun(tmp_path, 2, KILLED_RUN.format(*case), *again) for case in kills.items()]
-    assert all(r.returncode == 0 for r in runs), runs[-1].stderr
-    a, b = (S.SAE.load(tmp_path / name / "sae.pt") for name in kills)
+    runs = ("killed", [1, 25]), ("calm", [])  # the second in the processes that end the first
+    result = torchrun(tmp_path, 2, KILLED_RUN.format(runs), *again)
+    assert result.returncode == 0, result.stderr
+    assert all((tmp_path / f"shard {shard} died").exists() for shard in (0, 1))
+    a, b = (S.SAE.load(tmp_path / name / "sae.pt") for name, _ in runs)
     assert same_weights(a, b)
-    logs = [[line["nmse"] for line in read_log(tmp_path / name)] for name in kills]
-    assert logs[0] == logs[1] and len(logs[0]) == 60
+    logs = [[line["nmse"] for line in read_log(tmp_path / name)] for name, _ in runs]
+    assert logs[0] == logs[1] and len(logs[0]) == 40
 
     # the checkpoint of two shards, on one process and on four
     saved = S.read_checkpoint(newest(tmp_path / "calm"))
-    cfg = tiny_config(tmp_path, out=str(tmp_path / "calm"), tokens=64 * 60)
+    cfg = tiny_config(tmp_path, out=str(tmp_path / "calm"), tokens=64 * 40)
     assert [f.name for f in sorted(newest(tmp_path / "calm").iterdir())] == ["0000.pt", "0001.pt"]
     whole = S.restore(saved, cfg)
     for shard in range(4):
@@ -1154,7 +1156,7 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
             expected = tensor if name.startswith("b_pre") else tensor[own.start : own.stop]
             assert torch.equal(part.state()["tensors"][name], expected)
     (newest(tmp_path / "calm") / "0001.pt").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="000060 lacks the file of a shard"):
+    with pytest.raises(ValueError, match="000040 lacks the file of a shard"):
         S.read_checkpoint(newest(tmp_path / "calm"))
     kept = whole.averaged() if a.meta["weights"] == "ema" else whole.sae
     x = planted(50, seed=3)
@@ -1162,7 +1164,7 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
 
 
 def test_without_a_restart_a_killed_process_ends_the_run_with_a_message(tmp_path):
-    code = KILLED_RUN.format("run", [20]).replace("=mesh)\nmesh", "=mesh))\nmesh")
+    code = KILLED_RUN.format([("run", [20])]).replace("=mesh)\nmesh", "=mesh))\nmesh")
     code = code.replace("S.train(", "T.harvest.run_main(lambda: S.train(")
     result = torchrun(tmp_path, 2, code, timeout=60)
     assert result.returncode != 0 and "SIGKILL" in result.stderr
@@ -4011,13 +4013,12 @@ def test_only_relu_shrinks_what_it_finds():
         return (torch.rand(B, 64, generator=g) + 0.5) * on @ ATOMS
 
     x, found = make(2048, gen(5))[:, None], {}
-    for kind, l1 in (("relu", 0.4), ("gated", 0.5), ("jumprelu", 0.03), ("prolu_relu", 0.1)):
-        m = planted_run(kind, l1, make)
+    for kind, l1 in (("relu", 0.4), ("gated", 0.5), ("jumprelu", 0.03)):
+        m = planted_run(kind, l1, make, 350)
         r = evals.reconstruction(m, x)
-        assert 3 < r["l0"] < 7 and r["nmse"] < 0.3, (kind, r["l0"], r["nmse"])
+        assert 3 < r["l0"] < 8 and r["nmse"] < 0.35, (kind, r["l0"], r["nmse"])
         found[kind] = evals.refinement(m, x)["ratio"]
     assert found["relu"] > 1.6 and max(found["gated"], found["jumprelu"]) < 1.1
-    assert found["prolu_relu"] < 1.3
 
 
 def test_batchtopk_gives_each_token_what_it_needs():
