@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 import harvest
 from harvest import SITES, Progress, UserError
-from sae import FOREIGN, Sparse, keep_heap, load_file, normalize
+from sae import FOREIGN, Sparse, keep_heap, load_file, normalize, thresholded
 
 CHUNK = 8192  # tokens encoded at a time
 METRICS = {}  # name -> what `@metric` says, in the order in which they run
@@ -256,18 +256,18 @@ def density(sae, x, rare=1e-4):
         out[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
     return out | {"densest": share.max().item(), "tokens": len(x)}
 
-DENSE = "latent", "density", "position", "first_token", "repetition"
+CORRELATED = "position", "first_token", "repetition"
 
 def dense_note(row):
     """A row of `dense_latents` as a line of the table."""
-    told = [f"{name.replace('_', ' ')} {v:+.2f}" for name, v in row.items()
-            if name in DENSE[2:]]
+    told = [f"{name.replace('_', ' ')} {row[name]:+.2f}" for name in CORRELATED if name in row]
     about = f"; correlation with {', '.join(told)}" if told else ""
     return "    latent {latent}: fires on {density:.1%}".format(**row) + about
 
 @metric(lambda c: dense_latents(c.sae, c.in_contexts, c.words), quick=True,
     notes=lambda r: list(map(dense_note, r["densest"][:5])),
-    page=lambda r: {"dense": [[row.get(name) for name in DENSE] for row in r["densest"]]})
+    page=lambda r: {"dense": [[row.get(name) for name in ("latent", "density", *CORRELATED)]
+                              for row in r["densest"]]})
 def dense_latents(sae, x, tokens=None, top=10):
     """The `top` densest latents on x (contexts, T, d), the correlation of their activation with
     position and being first (if T > 1) and, with tokens (contexts, T), with repetition (the token
@@ -488,14 +488,6 @@ def test_time_k(sae, site, tokens, x, k=None, document=None):
     replicates = collect([r["replicates"] for r in results], "nmse", "delta_ce")
     return {"at": at} | lists | sizes | {"replicates": replicates}
 
-def thresholded(sae, theta):
-    """The autoencoder with one threshold θ >= 0 in place of TopK: J_θ(a) = a 1(a > θ)."""
-    own = copy.copy(sae)
-    own._parameters, own._buffers = dict(sae._parameters), dict(sae._buffers)
-    own.k, own.theta = sae.n_latents, torch.full_like(sae.b_enc, theta)
-    own.b_enc = torch.nn.Parameter(sae.b_enc - theta)
-    return own
-
 def calibrate_threshold(sae, x):
     """θ at which the mean L0 of J_θ on raw x (..., d) is k. Exact."""
     width = min(4 * sae.k, sae.n_latents)
@@ -522,7 +514,7 @@ def fixed_threshold(sae, site, tokens, train, x, document=None):
         kind = "ReLU" if sae.theta is None else "JumpReLU"
         raise UserError(f"a {kind} autoencoder has no k to calibrate a threshold for")
     theta = calibrate_threshold(sae, train)
-    encoders = {"theta": thresholded(sae, theta).encode}
+    encoders = {"theta": thresholded(sae, sae.W_enc, sae.b_enc, theta).encode}
     found = other_codes(sae, site, tokens, x, encoders, "fixed threshold", document)
     return found["theta"] | {"theta": theta}
 

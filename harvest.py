@@ -1177,9 +1177,8 @@ class Acts:
             shard = int(np.searchsorted(self._starts, bad[0], side="right")) - 1
             row = bad[0] - self._starts[shard]
             T = self.meta["context"]
-            rows = f"rows {T * row} to {T * row + T - 1}" if self.meta.get("flat") else f"row {row}"
-            where = f"{self.files[shard]}, {rows}"
-            raise UserError(f"NaN or Inf in {where}; make these activations anew")
+            at = f"rows {T * row} to {T * row + T - 1}" if self.meta.get("flat") else f"row {row}"
+            raise UserError(f"NaN or Inf in {self.files[shard]}, {at}; make these activations anew")
         return torch.from_numpy(self.tokens[rows]).long(), acts
 
     def read(self, rows, pinned=False):

@@ -1275,8 +1275,8 @@ def batch_code(sae, u, *dead):
             return codes, cut
         width = min(2 * width, sae.n_latents)
 
-# Dense ones: of a = W_enc (u - b_pre) (B, n), z; what `--l1` counts; and for one of them a code that
-# must reconstruct u too, with the decoder as it is.
+# Dense ones: of a = W_enc (u - b_pre), z; what `--l1` counts; and of `gated` a code that is itself to
+# reconstruct u, with the decoder as it is. All are (B, n).
 
 def relu(sae, a):
     """Section 2.2: z = ReLU(a + b_enc)."""
@@ -1295,7 +1295,8 @@ def prolu(sae, a, straight):
 
 def jumprelu(sae, a):
     """Rajamanoharan et al. 2024b: z = a 1(a > cut), cut (n) learned; `--l1` counts L0."""
-    a, _ = a + sae.b_enc, sae.cut.data.clamp_(min=0)  # not in the graph: it must come back from 0
+    sae.cut.data.clamp_(min=0)  # not in the graph: it must come back from 0
+    a = a + sae.b_enc
     return _Jump.apply(a, sae.cut, False), _Jump.apply(a, sae.cut, True), None
 
 class _ProLU(torch.autograd.Function):
@@ -1351,24 +1352,34 @@ def dense_losses(sae, u, c, activation, l1):
     indices = torch.arange(sae.n_latents, device=u.device).expand_as(values)
     return nmse + loss, nmse.detach(), e.detach(), values.detach(), indices
 
-FOLDS = {  # of what was trained: factors of W_enc's rows, b_enc, theta
-    "gated": lambda s, u: (s.r_mag.exp(), s.b_mag, s.b_mag - s.r_mag.exp() * s.b_enc),
-    "jumprelu": lambda s, u: (torch.ones_like(s.cut), s.b_enc, s.cut),
-    "batchtopk": lambda s, u: (torch.ones_like(s.b_enc), s.b_enc, batch_code(s, u)[1]),
-    "prolu_relu": lambda s, u: (torch.ones_like(s.b_enc), 0 * s.b_enc, -s.b_enc)}
+def ungated(W, r_mag, b_mag, b_gate):
+    """A gate that opens where W x + b_gate > 0, on a magnitude e^r W x + b_mag, is a threshold on
+    that: (n, d), (n), (n), (n) -> W_enc (n, d), b_enc (n), theta (n)."""
+    r = r_mag.exp()
+    return W * r[:, None], b_mag, b_mag - r * b_gate
+
+FOLDS = {  # what was trained -> W_enc, b_enc, theta
+    "gated": lambda s, u: ungated(s.W_enc, s.r_mag, s.b_mag, s.b_enc),
+    "jumprelu": lambda s, u: (s.W_enc, s.b_enc, s.cut),
+    "batchtopk": lambda s, u: (s.W_enc, s.b_enc, batch_code(s, u)[1]),
+    "prolu_relu": lambda s, u: (s.W_enc, torch.zeros_like(s.b_enc), -s.b_enc)}
 FOLDS["prolu_ste"] = FOLDS["prolu_relu"]
 
 @torch.no_grad()
 def folded(sae, activation, u):
     """What was trained as it is used: TopK or ReLU unchanged, the others with thresholds theta (n).
     u (N, d): on these, BatchTopK's lets k latents a token through on average."""
-    if activation not in FOLDS:
-        return sae
-    scale, b, theta = FOLDS[activation](sae, u)
-    own = Sparse(sae.d_model, sae.n_latents, sae.n_latents).to(sae.W_enc)
-    own.theta, own.meta = theta.clamp(min=0).expand_as(b).clone(), sae.meta
-    state = {"W_enc": sae.W_enc * scale[:, None], "b_enc": b - own.theta, "theta": own.theta}
-    own.load_state_dict(state | {"W_dec": sae.W_dec, "b_pre": sae.b_pre})
+    return thresholded(sae, *FOLDS[activation](sae, u)) if activation in FOLDS else sae
+
+@torch.no_grad()
+def thresholded(sae, W_enc, b_enc, theta):
+    """The autoencoder, its decoder shared, with z = a 1(a > theta): W_enc (n, d), b_enc (n), theta
+    (n) or a number for all."""
+    own = copy.copy(sae)
+    own._parameters = {name: sae._parameters[name] for name in ("W_dec", "b_pre")}
+    own._buffers = dict(sae._buffers)
+    own.k, own.theta = sae.n_latents, torch.zeros_like(b_enc).add_(theta).clamp_(min=0)
+    own.W_enc, own.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc - own.theta)
     return own
 
 
@@ -1378,7 +1389,7 @@ def folded(sae, activation, u):
 
 FOREIGN = "sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz", "params.safetensors"
 FORMS = {kind: form for form, kinds in {
-    "topk": "topk AutoEncoderTopK", "relu": "relu None AutoEncoder AutoEncoderNew",
+    "topk": "topk AutoEncoderTopK", "relu": "relu AutoEncoder AutoEncoderNew",
     "theta": "gated jumprelu params GatedAutoEncoder JumpReluAutoEncoder BatchTopKSAE "
     "MatryoshkaBatchTopKSAE"}.items() for kind in kinds.split()}
 UNCENTERED = "JumpReluAutoEncoder", "AutoEncoderNew", "params"  # of W_enc x + b_enc
@@ -1409,8 +1420,8 @@ def from_foreign(cls, file):
         texts = (read(file.with_name(name)) for name in ("cfg.json", "config.json"))
         cfg = json.loads(next(filter(None, texts), "{}"))
         cfg = {**cfg, **cfg.get("trainer", {}), **(cfg.get("metadata") or {})}
-        hook, function = (str(cfg.get(a) or cfg.get(b)) for a, b in (
-            ("hook_name", "hook_point"), ("activation_fn_str", "activation_fn")))
+        hook = str(cfg.get("hook_name") or cfg.get("hook_point"))
+        function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
         named = cfg.get("architecture") or cfg.get("dict_class") or cfg.get("activation")
         usual = {"sae": "topk", "sae_weights": function} if cfg else {}  # their first said less
         kind = usual.get(file.stem) if named in (None, "standard") else named
@@ -1437,16 +1448,14 @@ def from_foreign(cls, file):
 
 def assemble(cls, tensors, kind, cfg, source):
     """An autoencoder from another library's tensors. Codes are as there, but for normalised inputs:
-    theirs have norm s = sqrt(d - 1), ours 1, and codes with them. A gate that opens where
-    W x + b_gate > 0, on a magnitude e^r W x + b_mag, is a threshold on that: b_mag - e^r b_gate."""
+    theirs have norm s = sqrt(d - 1), ours 1, and codes with them."""
     w = {NAMES.get(name, name): (x.T if name in TURNED else x).float()
          for name, x in tensors.items()}
     W, W_dec, b_pre = w.pop("W_enc"), w.pop("W_dec"), w.pop("b_pre")
     (n, d), normalized = W.shape, cfg.get("normalize_activations") == "layer_norm"
-    b, theta = w.pop("b_enc", w.get("b_mag", torch.zeros(n))), w.pop("threshold", None)
+    b, theta = w.pop("b_enc", torch.zeros(n)), w.pop("threshold", None)
     if "r_mag" in w:
-        r = w.pop("r_mag").exp()
-        W, theta = W * r[:, None], w.pop("b_mag") - r * w.pop("b_gate")
+        W, b, theta = ungated(W, *map(w.pop, ("r_mag", "b_mag", "b_gate")))
     if not cfg.get("apply_b_dec_to_input", kind not in UNCENTERED):
         b = b + W @ b_pre
     size = W_dec.norm(dim=1) if cfg.get("rescale_acts_by_decoder_norm") else torch.ones(n)

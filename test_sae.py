@@ -202,7 +202,8 @@ def test_any_leading_shape_and_no_other_width(make):
             with pytest.raises(ValueError, match="where the autoencoder has 6"):
                 call(wrong)
     assert m.encode(x, k=0)[0].shape == (4, 5, 0)
-    assert m.encode(torch.arange(6))[0].is_floating_point() and m(torch.arange(6)).dtype != torch.long
+    assert m.encode(torch.arange(6))[0].is_floating_point()
+    assert m(torch.arange(6)).dtype != torch.long
     assert S.nmse(m, x) == pytest.approx(S.nmse(m, x.flatten(0, 1)))
     assert evals.density(m, x)["densest"] == evals.density(m, x.flatten(0, 1))["densest"]
     with pytest.raises(ValueError, match="where the autoencoder has 6"):
@@ -2227,7 +2228,7 @@ def test_threshold_keeps_k_on_average(d, n, k, seed):
         mp.setattr(evals, "CHUNK", 16)
         assert evals.calibrate_threshold(m, u) == pytest.approx(theta, abs=1e-12)
     above = torch.where(dense > theta, dense, 0.0)
-    found = to_dense(*evals.thresholded(m, theta).encode(u), n)
+    found = to_dense(*S.thresholded(m, m.W_enc, m.b_enc, theta).encode(u), n)
     assert torch.allclose(found, above, atol=1e-12) and m.theta is None and m.k == k
 
 
@@ -3514,90 +3515,77 @@ def foreign(kind, d=6, n=20, k=3, norm="none", b_dec_in=True):
     """(files of a folder {name: what is in it}, x -> (its dense code, its reconstruction))."""
     r = lambda *shape, seed: randn(*shape, seed=seed, dtype=F32)
     W, D, b, c = r(n, d, seed=1), r(n, d, seed=2) / d**0.5, r(n, seed=3) / 4, r(d, seed=4)
-    theta = r(n, seed=5).abs() / 2
-    jump = lambda a, t: a.relu() * (a > t)
-    top = lambda a: dense_code(a, k)
-    h = lambda x: (x - c * b_dec_in) @ W.T + b
+    files, z = layouts(W, D, b, c, k, norm, b_dec_in)[kind]
+    size = D.norm(dim=1) if kind == "saelens topk, rescaled" else 1.0
+    form = lambda x: (z(x), z(x) / size @ D + c)
+    if norm != "layer_norm":
+        return files, form
+
+    def normalized(x):
+        mu, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        code, x_hat = form((x - mu) / (std + 1e-5))
+        return code, x_hat * std + mu
+
+    return files, normalized
+
+
+def layouts(W, D, b, c, k, norm, b_dec_in):
+    """{kind: (files, x -> its dense code)} of W, D (n, d), b (n), c (d)."""
+    n, d = W.shape
+    theta, r_mag, b_mag = (randn(n, seed=seed, dtype=F32) / 3 for seed in (5, 6, 7))
+    theta, tensor = theta.abs(), torch.tensor
+    top, jump = lambda a: dense_code(a, k), lambda a, t: a.relu() * (a > t)
+    away, h = (lambda x: x @ W.T + b), (lambda x: (x - c * b_dec_in) @ W.T + b)
+    gate = lambda x: (r_mag.exp() * (h(x) - b) + b_mag).relu() * (h(x) > 0)
     lens = {"W_enc": W.T, "b_enc": b, "W_dec": D, "b_dec": c}
-    cfg = {"d_in": d, "d_sae": n, "normalize_activations": norm, "apply_b_dec_to_input": b_dec_in,
-           "reshape_activations": "none", "metadata": {"sae_lens_version": "6.0.0"}}
-    theirs = {"encoder.weight": W, "encoder.bias": b, "decoder.weight": D.T, "b_dec": c}
-    trainer = lambda name: {"config.json": {"trainer": {"dict_class": name, "k": k}, "buffer": {}}}
-    if kind == "saelens topk":
-        cfg |= {"architecture": "topk", "k": k}
-        files = {"cfg.json": cfg, "sae_weights.safetensors": lens}
-        z = lambda x: top(h(x))
-    elif kind == "saelens topk, rescaled":
-        more = {"architecture": "topk", "k": k, "rescale_acts_by_decoder_norm": True}
-        files = {"cfg.json": cfg | more, "sae_weights.safetensors": lens}
-        size = D.norm(dim=1)
-        z = lambda x: top(h(x) * size)
-        return files, lambda x: (z(x), z(x) / size @ D + c)
-    elif kind == "saelens before 6":
-        old = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": k}, "d_sae": n, "d_in": d,
-               "hook_point": "blocks.1.hook_resid_pre", "model_name": "gpt2-small"}
-        extra = {"scaling_factor": torch.ones(n)}
-        files = {"cfg.json": old | {"normalize_activations": norm, "context_size": 128},
-                 "sae_weights.safetensors": lens | extra}
-        z = lambda x: top(h(x))
-    elif kind == "saelens standard":
-        files = {"cfg.json": cfg | {"architecture": "standard"}, "sae_weights.safetensors": lens}
-        z = lambda x: h(x).relu()
-    elif kind == "saelens jumprelu":
-        files = {"cfg.json": cfg | {"architecture": "jumprelu"},
-                 "sae_weights.safetensors": lens | {"threshold": theta}}
-        z = lambda x: jump(h(x), theta)
-    elif kind in ("saelens gated", "GatedAutoEncoder"):
-        r_mag, gate, mag = r(n, seed=6) / 3, b, r(n, seed=7) / 4
-        pre = lambda x: (x - c * b_dec_in) @ W.T
-        z = lambda x: (r_mag.exp() * pre(x) + mag).relu() * (pre(x) + gate > 0)
-        if kind == "saelens gated":
-            w = {"W_enc": W.T, "W_dec": D, "b_dec": c, "r_mag": r_mag, "b_mag": mag, "b_gate": gate}
-            files = {"cfg.json": cfg | {"architecture": "gated"}, "sae_weights.safetensors": w}
-        else:
-            w = {"encoder.weight": W, "decoder.weight": D.T, "decoder_bias": c, "r_mag": r_mag,
-                 "mag_bias": mag, "gate_bias": gate}
-            files = trainer(kind) | {"ae.pt": w}
-    elif kind == "sparsify":
-        w = {"encoder.weight": W, "encoder.bias": b, "W_dec": D, "b_dec": c}
-        more = {"activation": "topk", "k": k, "transcode": False, "skip_connection": False}
-        files = {"cfg.json": more | {"d_in": d, "num_latents": n}, "sae.safetensors": w}
-        z = lambda x: top(h(x))
-    elif kind == "sae-llama":
-        w = {"encoder.weight": W, "encoder.bias": b, "W_dec": D, "b_dec": c}
-        files = {"cfg.json": {"expansion_factor": 4, "k": k, "signed": False, "d_in": d},
-                 "sae.safetensors": w}
-        z = lambda x: top(h(x))
-    elif kind == "AutoEncoderTopK":
-        more = {"k": torch.tensor(k), "threshold": torch.tensor(0.3)}
-        files, z = trainer(kind) | {"ae.pt": theirs | more}, lambda x: top(h(x))
-    elif kind == "BatchTopKSAE":
-        more = {"k": torch.tensor(k), "threshold": torch.tensor(0.7)}
-        files, z = trainer(kind) | {"ae.pt": theirs | more}, lambda x: jump(h(x), 0.7)
-    elif kind == "MatryoshkaBatchTopKSAE":
-        more = {"k": torch.tensor(k), "threshold": torch.tensor(0.7), "group_sizes": torch.ones(2)}
-        files, z = trainer(kind) | {"ae.pt": lens | more}, lambda x: jump(h(x), 0.7)
-    elif kind == "AutoEncoder":
-        theirs["bias"] = theirs.pop("b_dec")
-        files, z = trainer(kind) | {"ae.pt": theirs}, lambda x: h(x).relu()
-    elif kind == "AutoEncoderNew":
-        theirs["decoder.bias"] = theirs.pop("b_dec")
-        files, z = trainer(kind) | {"ae.pt": theirs}, lambda x: (x @ W.T + b).relu()
-    else:  # b_dec is not taken off the input
-        z = lambda x: jump(x @ W.T + b, theta)
-        w = lens | {"threshold": theta}
-        files = {"JumpReluAutoEncoder": trainer("JumpReluAutoEncoder") | {"ae.pt": w},
-                 "gemma scope": {"params.npz": w},
-                 "gemma scope 2": {"params.safetensors": {n.lower() if n[0] == "W" else n: t
-                                                          for n, t in w.items()}}}[kind]
-    if norm == "layer_norm":
-        def form(x):
-            mu, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
-            code = z((x - mu) / (std + 1e-5))
-            return code, (code @ D + c) * std + mu
-    else:
-        form = lambda x: (z(x), z(x) @ D + c)
-    return files, form
+    linear = {"encoder.weight": W, "encoder.bias": b, "decoder.weight": D.T}
+    gates = {"r_mag": r_mag, "b_mag": b_mag, "b_gate": b}
+
+    def saelens(more=(), **settings_):
+        cfg = {"d_in": d, "d_sae": n, "normalize_activations": norm, "reshape_activations": "none",
+               "apply_b_dec_to_input": b_dec_in, "metadata": {"sae_lens_version": "6.0.0"}}
+        weights = {name: t for name, t in (lens | dict(more)).items() if t is not None}
+        return {"cfg.json": cfg | settings_, "sae_weights.safetensors": weights}
+
+    def trained(name, weights):  # by dictionary_learning
+        trainer = {"dict_class": name, "k": k}
+        return {"config.json": {"trainer": trainer, "buffer": {}}, "ae.pt": weights}
+
+    def sparsify(**settings_):
+        weights = {"encoder.weight": W, "encoder.bias": b, "W_dec": D, "b_dec": c}
+        return {"cfg.json": settings_ | {"d_in": d, "k": k}, "sae.safetensors": weights}
+
+    before = {"cfg.json": {
+        "activation_fn_str": "topk", "activation_fn_kwargs": {"k": k}, "d_sae": n, "d_in": d,
+        "hook_point": "blocks.1.hook_resid_pre", "model_name": "gpt2-small", "context_size": 128,
+        "normalize_activations": norm},
+        "sae_weights.safetensors": lens | {"scaling_factor": torch.ones(n)}}
+    old = {"decoder_bias": c, "r_mag": r_mag, "mag_bias": b_mag, "gate_bias": b}
+    cut, jumps = {"k": tensor(k), "threshold": tensor(0.7)}, lens | {"threshold": theta}
+    lower = {name.lower() if name[0] == "W" else name: t for name, t in jumps.items()}
+    relu, fixed = (lambda x: h(x).relu()), (lambda x: jump(h(x), 0.7))
+    return {
+        "saelens topk": (saelens(architecture="topk", k=k), lambda x: top(h(x))),
+        "saelens topk, rescaled": (
+            saelens(architecture="topk", k=k, rescale_acts_by_decoder_norm=True),
+            lambda x: top(h(x) * D.norm(dim=1))),
+        "saelens before 6": (before, lambda x: top(h(x))),
+        "saelens standard": (saelens(architecture="standard"), relu),
+        "saelens jumprelu": (saelens(jumps, architecture="jumprelu"), lambda x: jump(h(x), theta)),
+        "saelens gated": (saelens(gates | {"b_enc": None}, architecture="gated"), gate),
+        "sparsify": (sparsify(activation="topk", transcode=False, num_latents=n),
+                     lambda x: top(h(x))),
+        "sae-llama": (sparsify(expansion_factor=4, signed=False), lambda x: top(h(x))),
+        **{kind: (trained(kind, weights), z) for kind, weights, z in (
+            ("AutoEncoderTopK", linear | {"b_dec": c} | cut, lambda x: top(h(x))),
+            ("BatchTopKSAE", linear | {"b_dec": c} | cut, fixed),
+            ("MatryoshkaBatchTopKSAE", lens | cut | {"group_sizes": torch.ones(2)}, fixed),
+            ("AutoEncoder", linear | {"bias": c}, relu),
+            ("AutoEncoderNew", linear | {"decoder.bias": c}, lambda x: away(x).relu()),
+            ("GatedAutoEncoder", {"encoder.weight": W, "decoder.weight": D.T} | old, gate),
+            ("JumpReluAutoEncoder", jumps, lambda x: jump(away(x), theta)))},
+        "gemma scope": ({"params.npz": jumps}, lambda x: jump(away(x), theta)),
+        "gemma scope 2": ({"params.safetensors": lower}, lambda x: jump(away(x), theta))}
 
 
 def write_foreign(folder, files):
@@ -3922,6 +3910,7 @@ def test_folding_changes_no_code(kind, seed):
     values = S.DENSE_ACTIVATIONS[kind](m, F.linear(u - m.b_pre, m.W_enc))[0]
     own = S.folded(m, kind, u)
     assert torch.allclose(to_dense(*own.encode(u), 20), values, atol=1e-12)
+    assert kind == "relu" or (own.theta >= 0).all()
     assert (own.theta is None) == (kind == "relu") and {*own.state_dict()} <= {
         "W_enc", "b_enc", "W_dec", "b_pre", "theta"}
 
