@@ -1275,8 +1275,8 @@ def batch_code(sae, u, *dead):
             return codes, cut
         width = min(2 * width, sae.n_latents)
 
-# Dense ones: of a = W_enc (u - b_pre), z; what `--l1` counts; and of `gated` a code that is itself to
-# reconstruct u, with the decoder as it is. All are (B, n).
+# Dense ones: of a = W_enc (u - b_pre), z; what `--l1` counts; and of `gated` a code that must
+# reconstruct u by itself, with the decoder as it is. All are (B, n).
 
 def relu(sae, a):
     """Section 2.2: z = ReLU(a + b_enc)."""
