@@ -1409,6 +1409,7 @@ def measured_effects(sae, site, tokens, latents, at, values, k):
     return {n: torch.cat(v).cpu()[back].numpy() for n, v in zip(names, zip(*found))}
 
 def known_tokens(encoding):
+    """The numbers of all tokens, the separator's too."""
     return [*map(encoding.encode_single_token, encoding.token_byte_values()), encoding.eot_token]
 
 @torch.no_grad()

@@ -3700,6 +3700,11 @@ def test_results_are_of_the_files_as_they_are(tmp_path, capsys, run_dir):
     other = S.SAE(16, 64, 2)
     other.save(tmp_path / "theirs/sae.pt")
     assert of(tmp_path / "theirs")["reconstruction"]["l0"] == 2
+    with torch.no_grad():
+        other.W_enc.neg_()
+    worse = of(tmp_path / "theirs")["reconstruction"]["nmse"]
+    other.save(tmp_path / "theirs/sae.pt")
+    assert of(tmp_path / "theirs")["reconstruction"]["nmse"] > worse
     rows = planted(4000).numpy()
     before = of(tmp_path / "theirs")["reconstruction"]["nmse"]
     rows[2000:] = planted(2000, seed=8).numpy()
@@ -3871,9 +3876,13 @@ def test_every_recipe_of_the_readme_runs(tmp_path, monkeypatch):
     assert harvest.Given("recipe.npy").meta["context"] == 40
     model, tokens, i = names["model"], names["tokens"], names["i"]
     clean = model(tokens[:4])
-    assert names["replaced"].shape == clean.shape
     # by hand: with the error kept an ablation takes z_i W_dec[i] away, and no more
     acts = names["activations"](names["layer"], tokens[:4])
+    values, indices = sae.encode(sae.unit(acts)[0])
+    z = (values * (indices == i)).sum(-1, keepdim=True)
+    less = acts - z * sae.unit(acts)[2] * sae.W_dec[i]
+    assert (z > 0).any() and torch.allclose(names["ablated"], model[3](less), atol=1e-4)
+    assert torch.allclose(names["replaced"], model[3](sae(acts)), atol=1e-4)
     highest = names["z"].amax(1)
     assert torch.equal(highest[names["top"]], highest.sort(descending=True).values[:5])
     moved = (names["steered"] - clean).detach()
