@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 import harvest
 from harvest import SITES, Progress, UserError
-from sae import FOREIGN, Sparse, keep_heap, load_file, normalize, thresholded
+from sae import FOREIGN, Sparse, activation_name, keep_heap, load_file, normalize, thresholded
 
 CHUNK = 8192  # tokens encoded at a time
 METRICS = {}  # name -> what `@metric` says, in the order in which they run
@@ -216,6 +216,32 @@ def reconstruction(sae, x, code=None, document=None):
     found |= {"l0": of(active.mean(1)), "norm_ratio": ratio}
     return estimates(**found) | {"tokens": math.prod(x.shape[:-1])}
 
+@metric(lambda c: denoise(c.sae, c.val[: c.few], document=c.document), rows=[
+    ("nmse", "NMSE against the clean input, noise {}"), ("agreement", "its active set, noise {}", "")])
+def denoise(sae, x, at=(0.1, 0.3, 1.0), document=None, seed=0):
+    """Gaussian noise on x (contexts, T, d), its norm `at` times that of the (centred) input: nmse
+    against the clean input, and agreement, active latents in both over those in either (means over
+    tokens): lists. document: as in `leave_one_out`."""
+    found, distances = [], spread(x, sae.unit).mean(1)
+    for sigma in at:
+        gen, parts = torch.Generator().manual_seed(seed), []
+        for part in x.flatten(0, -2).split(CHUNK):
+            u, mean, norm = sae.unit(part)
+            noise = torch.randn(part.shape, generator=gen).to(u) * part.shape[1] ** -0.5
+            noisy, there, length = sae.unit(part.to(u) + sigma * noise * normalize(part.to(u))[2])
+            (values, indices), clean = sae.encode(noisy), sae.encode(u)
+            back = (sae.decode(values, indices) * length + there - mean) / norm
+            active = [i.where(z > 0, -1) for z, i in (clean, (values, indices))]
+            row = torch.cat(active, 1).sort(1).values
+            both = ((row[:, 1:] == row[:, :-1]) & (row[:, 1:] >= 0)).sum(1)
+            shared = both / ((row >= 0).sum(1) - both).clamp_min(1)
+            parts.append(torch.stack([(u - back).square().sum(1), shared], 1).double())
+        error, shared = torch.cat(parts).view(*x.shape[:2], 2).mean(1).T
+        found.append(estimates(nmse=leave_one_out(document, error, distances),
+                               agreement=leave_one_out(document, shared)))
+    keys = "nmse", "nmse_se", "agreement", "agreement_se"
+    return {"at": list(at), "tokens": len(x) * x.shape[1]} | {k: [f[k] for f in found] for k in keys}
+
 @metric(lambda c: memorization(c.sae, *c.trained_and_kept), quick=True, needs=("trained_on",),
     rows=[("nmse_train", "NMSE, contexts trained on"),
           ("nmse_kept", "NMSE, kept back between these"), ("gap", "kept back less trained on")])
@@ -256,35 +282,49 @@ def density(sae, x, rare=1e-4):
         out[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
     return out | {"densest": share.max().item(), "tokens": len(x)}
 
-CORRELATED = "position", "first_token", "repetition"
+DENSE = "antipodality", "position", "rank_position", "first_token", "repetition"
 
 def dense_note(row):
     """A row of `dense_latents` as a line of the table."""
-    told = [f"{name.replace('_', ' ')} {row[name]:+.2f}" for name in CORRELATED if name in row]
-    about = f"; correlation with {', '.join(told)}" if told else ""
-    return "    latent {latent}: fires on {density:.1%}".format(**row) + about
+    told = [f"{name.replace('_', ' ')} {row[name]:+.2f}" for name in DENSE if name in row]
+    return "    latent {latent}: fires on {density:.1%}; ".format(**row) + ", ".join(told)
+
+def ranks(v):
+    """v (N, m) -> ranks in each column, equal values sharing their mean rank."""
+    out = []
+    for column in v.T:
+        _, which, counts = column.unique(return_inverse=True, return_counts=True)
+        out.append((counts.cumsum(0) - (counts - 1) / 2)[which].double())
+    return torch.stack(out, 1)
 
 @metric(lambda c: dense_latents(c.sae, c.in_contexts, c.words), quick=True,
     notes=lambda r: list(map(dense_note, r["densest"][:5])),
-    page=lambda r: {"dense": [[row.get(name) for name in ("latent", "density", *CORRELATED)]
+    page=lambda r: {"dense": [[row.get(name) for name in ("latent", "density", *DENSE)]
                               for row in r["densest"]]})
 def dense_latents(sae, x, tokens=None, top=10):
-    """The `top` densest latents on x (contexts, T, d), the correlation of their activation with
-    position and being first (if T > 1) and, with tokens (contexts, T), with repetition (the token
-    was there earlier)."""
+    """The `top` densest latents on x (contexts, T, d): antipodality, the largest product of cosines
+    of encoder and decoder with another latent (arXiv 2506.15679; of a pair of opposites 1); the
+    correlation of the activation with position, that of the ranks (Spearman), with being first (if
+    T > 1) and, with tokens (contexts, T), with repetition (the token was there earlier)."""
     C, T = x.shape[:2]
     share = latent_sums(sae, x)[0] / (C * T)
     latents = share.topk(min(top, sae.n_latents)).indices
     of = lambda values, indices: torch.stack([(values * (indices == i)).sum(1) for i in latents], 1)
     z = torch.cat([of(*code) for _, *code in codes(sae, x)]).double().cpu()  # (C T, top)
     at = torch.arange(T).expand(C, T)
-    facts = {"position": at, "first_token": at == 0} if T > 1 else {}
+    facts = {"position": at, "rank_position": at, "first_token": at == 0} if T > 1 else {}
     if tokens is not None:
         facts["repetition"] = (tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(2).cpu()
     score = lambda v: (v - v.mean(0)) / v.std(0).clamp_min(1e-12)
-    found = {"latent": latents.tolist(), "density": share[latents].tolist()}
+    cosines = [F.normalize(W[latents], dim=1) @ F.normalize(W, dim=1).T
+               for W in (sae.W_enc, sae.W_dec)]  # (top, n) each
+    others = torch.arange(sae.n_latents).to(latents) != latents[:, None]
+    pairs = (cosines[0] * cosines[1]).where(others, -1.0).amax(1)
+    found = {"latent": latents.tolist(), "density": share[latents].tolist(),
+             "antipodality": pairs.tolist()}
     for name, fact in facts.items():
-        found[name] = (score(z).T @ score(fact.flatten().double()) / (len(z) - 1)).tolist()
+        of, fact = (ranks(z), ranks(fact.reshape(-1, 1))[:, 0]) if "rank" in name else (z, fact)
+        found[name] = (score(of).T @ score(fact.flatten().double()) / (len(z) - 1)).tolist()
     return {"densest": [dict(zip(found, row)) for row in zip(*found.values())], "tokens": len(z)}
 
 @metric(lambda c: positions(c.sae, c.val, c.document), quick=True, needs=("contexts",),
@@ -511,8 +551,7 @@ def fixed_threshold(sae, site, tokens, train, x, document=None):
     the held-out x (both (contexts, T, d)), ΔCE on tokens (C, T). Raises UserError where k = n.
     document: as in `test_time_k`."""
     if sae.k == sae.n_latents:
-        kind = "ReLU" if sae.theta is None else "JumpReLU"
-        raise UserError(f"a {kind} autoencoder has no k to calibrate a threshold for")
+        raise UserError(f"a {activation_name(sae)} autoencoder has no k to calibrate a threshold for")
     theta = calibrate_threshold(sae, train)
     encoders = {"theta": thresholded(sae, sae.W_enc, sae.b_enc, theta).encode}
     found = other_codes(sae, site, tokens, x, encoders, "fixed threshold", document)
@@ -629,7 +668,8 @@ def probes(sae, tasks, seed=0):
 
 def token_labels(tokens, encoding, phrases=4):
     """Built-in tasks on tokens (C, T): {name: labels (C, T), 1 or 0, or -1 where it does not ask}:
-    spelling, place, and, wherever it occurs, is it the second word of one of `phrases` phrases?"""
+    spelling, place, and whether a phrase, one of `phrases`, ends here, where its second word stands
+    without its first or something else follows the first (as many of these as of those at most)."""
     bytes_of = encoding.decode_single_token_bytes
     words = [bytes_of(i).decode("utf-8", "replace") for i in range(encoding.n_vocab)]
     bare = [w.strip() for w in words]
@@ -658,9 +698,11 @@ def token_labels(tokens, encoding, phrases=4):
             break
         if second not in found and counts[i] <= 0.8 * uses[second]:  # also met elsewhere
             found.add(second)
-            asked = (tokens == second) & (before >= 0)
-            follows = (before == first).long().where(asked, -1)
-            labels[f"phrase {bare[first]} {bare[second]}"] = follows
+            begun, ended = before == first, (tokens == second) & (before >= 0)
+            alone, broken = ended & ~begun, begun & ~ended
+            spare = broken & (broken.flatten().cumsum(0).view(C, T) > alone.sum())
+            asked = (ended | broken) & ~spare
+            labels[f"phrase {bare[first]} {bare[second]}"] = (begun & ended).long().where(asked, -1)
     return labels
 
 def token_tasks(sae, x, tokens, encoding, most=2048, least=64, seed=0):
@@ -708,10 +750,12 @@ def read_tasks(folder):
 
 def text_tasks(sae, site, encoding, tasks, length=64, batch=256):
     """Yield for `probes` tasks {name: (texts, labels)}: a text's features are means over its
-    tokens, in contexts of `length`. (The mean pre-activation is that of the mean input.)"""
+    tokens, in contexts of `length` (the mean pre-activation is that of the mean input); those of
+    tasks called phrase_... stand at the last token."""
     for name, (texts, labels) in tasks.items():
         rows = []
         for i, ids in enumerate(encoding.encode_ordinary_batch(texts)):
+            ids = ids[-length:] if name.startswith("phrase_") else ids
             rows += [(i, ids[j : j + length]) for j in range(0, len(ids), length)]
         rows.sort(key=lambda row: len(row[1]))
         widths = [sae.d_model, sae.d_model, 1]
@@ -719,9 +763,10 @@ def text_tasks(sae, site, encoding, tasks, length=64, batch=256):
         for part in chunks(len(rows), batch, f"probes {name}", " contexts"):
             owners, ids = zip(*rows[part])
             tokens, lengths = pad_right(ids)
-            here = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+            at, lengths = torch.arange(tokens.shape[1])[None], lengths[:, None]
+            here = (at == lengths - 1) if name.startswith("phrase_") else at < lengths
             acts = site.acts(tokens).to(sums)[here.to(sums.device)]
-            owner = torch.tensor(owners).repeat_interleave(lengths).to(sums.device)
+            owner = torch.tensor(owners).repeat_interleave(here.sum(1)).to(sums.device)
             more = torch.cat([acts, sae.unit(acts)[0], torch.ones_like(acts[:, :1])], 1)
             sums.index_add_(0, owner, more)
         x, u, count = sums.split(widths, 1)
@@ -1053,25 +1098,26 @@ def ablation_shares(site, row, at, parts):
     rows=[
     (kind + where, label, unit) for where, first, unit in (
         ("", "logits moved by ablating a latent", "of V T"),
+        ("_first", "at the first position, a latent", "of V T"),
+        ("_middle", "in the middle of the context, a latent", "of V T"),
         ("_here", "at its own position alone, a latent", "of V")) for kind, label in (
         ("latents", first), ("channels", "the same, a channel"),
         ("random", "the same, a random direction"))])
 def ablation_sparsity(sae, site, tokens, T=16, samples=64, directions=32, seed=0, document=None):
     """The share of the next T positions' logits that ablating one thing at one position moves:
-    means over `samples` random places of tokens (C, length). latents: the contribution of each
-    active one is taken from the activation, whose error stays; channels: `directions` random ones
-    are zeroed; random: projections on so many directions are taken away. `_here`: at that position
-    alone. document: as in `leave_one_out`."""
+    means over `samples` random places of tokens (C, length), and over the first and the middle
+    ones of as many contexts. latents: the contribution of each active one is taken from the
+    activation, whose error stays; channels: `directions` random ones are zeroed; random:
+    projections on so many directions are taken away. `_here`: of the random places, at that
+    position alone. document: as in `leave_one_out`."""
     T = min(T, tokens.shape[1])
     rng, gen = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    found = {kind: [] for kind in ("latents", "channels", "random")}
-    effects = 0
-    for _ in chunks(samples, 1, "ablation", " positions"):
-        context = int(rng.integers(len(tokens)))
-        row = tokens[context].to(site.device)
+    found, effects, most = defaultdict(list), 0, tokens.shape[1] - T
+    for sample in chunks(3 * samples, 1, "ablation", " positions"):
+        context, place = int(rng.integers(len(tokens))), ("", "_first", "_middle")[sample.start % 3]
         own = context if document is None else document[context]
-        at = int(rng.integers(len(row) - T + 1))
-        row = row[: at + T]
+        at = {"": int(rng.integers(most + 1)), "_first": 0, "_middle": most // 2}[place]
+        row = tokens[context, : at + T].to(site.device)
         act = site.model.acts(row[None], site.layer, site.name)[0, at].to(sae.W_dec)
         u, _, norm = sae.unit(act[None])
         values, indices = (c[0] for c in sae.encode(u))
@@ -1083,11 +1129,12 @@ def ablation_sparsity(sae, site, tokens, T=16, samples=64, directions=32, seed=0
         for name, part in parts.items():
             shares = ablation_shares(site, row, at, part)
             effects += len(shares) if name == "latents" else 0
-            found[name] += [(own, *shares.mean(0).tolist())] if len(shares) else []
+            found[name + place] += [(own, *shares.mean(0).tolist())] if len(shares) else []
     values = {}
     for name, rows in found.items():
         own, every, here = torch.tensor(rows or [(0, math.nan, math.nan)], dtype=torch.float64).T
-        values |= {name: leave_one_out(own, every), name + "_here": leave_one_out(own, here)}
+        values[name] = leave_one_out(own, every)
+        values |= {} if "_" in name else {name + "_here": leave_one_out(own, here)}
     return estimates(**values) | {"samples": samples, "ablations": effects}
 
 
@@ -1468,7 +1515,7 @@ def make_report(case, results, runs):
     curves = ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")
     page |= {"about": results["about"], "metrics": [], "tasks": [], "dense": [], "plots": {},
              "curves": {name: [line.get(name) for line in lines] for name in curves},
-             "runs": [], "n2g": {}, "patterns": {}}
+             "runs": [], "frontier": [], "compared": [*COMPARED], "n2g": {}, "patterns": {}}
     for name in [name for name in METRICS if name in results]:
         for key, value in METRICS[name].page(results[name]).items():
             page[key] = page[key] | value if key == "plots" else value
@@ -1477,6 +1524,7 @@ def make_report(case, results, runs):
             page["metrics"].append([label, value, error, why if value is None else unit, size])
     if len(runs) > 1:
         try:
+            page["frontier"] = frontier(runs)
             page["runs"] = [pick(run, *BRIEF) for run in read_runs(tuple(runs))]
             for run, loss in zip(page["runs"], fit_scaling_law(page["runs"])["fitted"]):
                 run["law"] = loss
@@ -1538,13 +1586,12 @@ class Case:
             raise UserError(f"{run} is for activations of width {d}, these have {where['d_model']};"
                             " give its own --acts, or --model, --layer and --site")
         self.site = model and Site(model, where["layer"], where["site"])
-        kind = f"TopK k = {k}" if k < n else "ReLU" if self.sae.theta is None else "JumpReLU"
         inputs = "normalised" if self.sae.normalized else "raw"
         text = f"; text: {where['text']}" if model else ""
         if self.sae.meta.get("acts_sha256", own := where.get("acts_sha256")) != own:
             text += "; not what it was trained on, all of it taken as held out"
-        self.about = (f"{run}: {harvest.called(where)}, d = {d}, n = {n}, {kind}, {inputs}"
-                      f" inputs{text}")
+        self.about = (f"{run}: {harvest.called(where)}, d = {d}, n = {n},"
+                      f" {activation_name(self.sae)}, {inputs} inputs{text}")
         self.sample(held_out, max(1, n_tokens // where["context"]))
         sampled = harvest.sha256([self.val_tokens.numpy().tobytes()])
         beside = [file.with_name(name) for name in ("cfg.json", "config.json")]
@@ -1709,15 +1756,15 @@ def table(name, result):
         lines.append(f"  {label:<40}{value}{error:<10} {unit:<14} {count:>9} {of}".rstrip())
     return lines + METRICS[name].notes(result)
 
-def evaluate(run, wanted, a):
+def evaluate(run, wanted, a, page=False):
     """Compute, print and keep the metrics `wanted` of one autoencoder -> all that is known of it.
-    a: the command line."""
+    a: the command line. page: write its report too."""
     began = time.time()
     case = Case(run, a)
     out = case.out
     # What an earlier call found for the same file and place is kept: what was interrupted goes on.
     results, fresh = known(case), {}
-    if not a.json:
+    if wanted and not a.json:
         print(case.about)
     for name in wanted:
         this = METRICS[name]
@@ -1734,9 +1781,9 @@ def evaluate(run, wanted, a):
             print("\n".join(table(name, results[name])), flush=True)
         if name in fresh:
             keep(out, fresh, case)
-    if a.json:
+    if a.json and wanted:
         print(json.dumps(results, indent=1))
-    if a.report:
+    if page:
         out = make_report(case, results, a.runs)
     print(f"{time.time() - began:.0f} s; written to {out}", file=sys.stderr)
     return results
@@ -1763,10 +1810,42 @@ def differences(a, b, wanted):
                 lines.append(f"  {label:<40}{value:10.4f} ± {jackknife(other - one):.4f}")
     return lines
 
+COMPARED = {  # what --compare shows: metric, key
+    "L0": ("reconstruction", "l0"), "NMSE": ("reconstruction", "nmse"),
+    "silent": ("density", "silent"), "ΔCE": ("downstream", "delta_ce"),
+    "probe loss": ("probes", "held_out"), "N2G recall": ("n2g", "recall"),
+    "N2G precision": ("n2g", "precision"), "refined / original": ("refinement", "ratio")}
+
+def frontier(runs):
+    """What is known of several autoencoders -> rows: run, activation, COMPARED. Raises UserError
+    where they were evaluated on different texts."""
+    rows, texts = [], set()
+    for run in runs:
+        sae, _, out = load(run, "cpu")
+        known = harvest.read_json(out)
+        texts |= {known["settings"]["text"]} if "settings" in known else set()
+        config = sae.meta.get("config", {})
+        kind = config.get("activation") or activation_name(sae).split()[0]
+        found = {label: known.get(name, {}).get(key) for label, (name, key) in COMPARED.items()}
+        rows.append({"run": str(run), "activation": kind, "n": sae.n_latents} | found)
+    if len(texts) > 1:
+        raise UserError("these were evaluated on different texts; give all the same --acts or"
+                        " --model, --text, --tokens")
+    return rows
+
+def show_frontier(rows):
+    """The rows of `frontier` as a table, by activation and L0."""
+    print(f"{'activation':<12}{'n':>8}" + "".join(f"{label:>19}" for label in COMPARED) + "  run")
+    for row in sorted(rows, key=lambda r: (r["activation"], r["L0"] or 0)):
+        values = (row[label] for label in COMPARED)
+        cells = "".join(f"{'-' if v is None else f'{v:.4f}':>19}" for v in values)
+        print(f"{row['activation']:<12}{row['n']:>8}{cells}  {row['run']}")
+
 OPTIONS = [  # name, type, help
     ("all", bool, "every metric, not only the quick ones"),
     ("only", str, f"just these, separated by commas: {','.join(METRICS)}"),
     ("fit", bool, "fit the scaling laws through the runs, and nothing else"),
+    ("compare", bool, "a table of the runs, by activation function; with --report the frontier too"),
     ("probes", str, 'folder of NAME.jsonl, lines {"text": ..., "label": 0|1} (default: built-in)'),
     ("acts", str, "a harvest, or .npy, .npz, .pt, .safetensors, or a folder of such (default: those"
      " it was trained on, else text is run)"),
@@ -1800,22 +1879,28 @@ def main(argv=None):
         if a.json:
             print(json.dumps(out, indent=1))
         return
-    asked = lambda name: a.all or METRICS[name].quick or name == "probes" and a.probes
+    compared = {name for name, _ in COMPARED.values()} if a.compare else ()
+    asked = lambda name: (a.all or name in compared or name == "probes" and a.probes
+                          or METRICS[name].quick and not a.compare)
     wanted = a.only.split(",") if a.only else list(filter(asked, METRICS))
     if unknown := [name for name in wanted if name not in METRICS]:
         raise UserError(f"no metric {', '.join(unknown)}; choose among {', '.join(METRICS)}")
     results = {}
     for run in a.runs:
         try:
-            results[run] = evaluate(run, wanted, a)
+            results[run] = evaluate(run, wanted, a, a.report and len(a.runs) == 1)
         except ValueError as e:  # the other ones go on
             if len(a.runs) == 1:
                 raise
             print(f"error: {e}", file=sys.stderr)
     first, *others = results
-    for run in others if not a.json else ():
+    for run in others if not (a.json or a.compare) else ():
         print(f"{run} less {first}, paired by document")
         print("\n".join(differences(results[first], results[run], wanted)))
+    for run in results if a.report and len(a.runs) > 1 else ():  # now that all are known
+        evaluate(run, [], a, True)
+    if a.compare:
+        show_frontier(frontier(results))
     if len(results) < len(a.runs):
         raise UserError(f"{len(a.runs) - len(results)} of {len(a.runs)} could not be evaluated")
 
@@ -2016,6 +2101,14 @@ function runs(x, xLabel, each) {
   const laws = values.map(v => ({name: `law, ${each} = ${v}`, points: along('law', v), law: true}));
   return plot('All runs: NMSE against ' + x, xLabel, 'NMSE', [...curves, ...laws], {log: 'xy'});
 }
+// Each figure of the runs given together against L0, a line for each activation function.
+function frontier(figure) {
+  const kinds = [...new Set(data.frontier.map(row => row.activation))];
+  const of = kind => data.frontier.filter(row => row.activation === kind);
+  const points = kind => of(kind).map(row => [row.L0, row[figure]]).sort((a, b) => a[0] - b[0]);
+  const series = kinds.map(name => ({name, points: points(name)}));
+  return plot(`All runs: ${figure} against L0`, 'L0', figure, series, {log: 'x'});
+}
 function overview() {
   const {tokens, nmse, val_nmse, dead, l0, tokens_per_s} = data.curves;
   const {log10_density, log10_mean_square, positions = {}, test_time_k: other = {}} = data.plots;
@@ -2038,12 +2131,14 @@ function overview() {
       plot('Norm of the input by position', place, 'norm', [curve(upTo(data.T), positions.norm)]),
       plot('NMSE at other k', "k'", 'NMSE', [curve(other.at, other.nmse)], {log: 'xy'}),
       plot('ΔCE at other k', "k'", 'nats a token', [curve(other.at, other.delta_ce)], {log: 'xy'}),
-      runs('n', 'latents n', 'k'), runs('k', 'k', 'n')),
+      runs('n', 'latents n', 'k'), runs('k', 'k', 'n'),
+      data.frontier[0] && data.compared.filter(name => name !== 'L0').map(frontier)),
     titled('Metrics', ['metric', 'value', '± standard error', 'unit', 'sample'], data.metrics),
     titled('Probe tasks: loss on the held-out half, nats',
       ['task', 'best latent', 'best channel', 'majority'], data.tasks),
     titled('Densest latents, and correlations',
-      ['latent', 'share of tokens', 'position', 'first token', 'repetition'],
+      ['latent', 'share of tokens', 'antipodality', 'position', 'its rank', 'first token',
+        'repetition'],
       data.dense.map(([id, ...row]) => [link(id), ...row])),
     titled('Runs given together', ['run', 'n', 'k', 'tokens', 'NMSE in training'],
       data.runs.map(run => [run.path, run.n_latents, run.k, run.tokens, run.nmse])));

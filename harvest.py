@@ -55,10 +55,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sae import read_safetensors
+from sae import keep_heap, read_safetensors
 
 SITES = ("resid_delta_attn", "resid_post_attn", "resid_delta_mlp", "resid_post_mlp", "mlp_post_act")
 CACHE = Path(os.environ.get("SAE_CACHE", Path(__file__).parent / "cache"))
+EMBEDDED = re.compile(r"stdlib(?:-(\d+))?").fullmatch  # names of the model that needs no download
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHTS = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
 WEBTEXT = "https://openaipublic.blob.core.windows.net/gpt-2/output-dataset/v1/webtext.train.jsonl"
@@ -66,7 +67,7 @@ GPT2_TOKENS = 50257  # in its vocabulary
 EOT = "<|endoftext|>"
 KINDS = (".txt", ".jsonl", ".jsonl.gz")
 SHARD = 1024  # contexts in one shard: 65,536 tokens, 100 MB at d = 768
-FORMAT = 3  # of harvested directories, and the build of the embedded model
+FORMAT = 4  # of harvested directories, and the build of the embedded model
 PATHS = ("model", "text")  # what may be one in meta.json
 COUNT = {"train": "tokens", "val": "val_tokens"}  # of a split in meta.json
 KEEP = 64  # every so many contexts of harvested text, one is kept back from training
@@ -519,7 +520,7 @@ def load_model(name_or_path="auto", device="cpu", needs_text=False):
     """-> (GPT2 in eval mode without gradients, tiktoken.Encoding). Raises UserError with a remedy.
 
     name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl (weights fetched once into cache/),
-    `stdlib` (trained once, cached), a file or folder of weights (Hugging Face's GPT-2, nanoGPT's),
+    `stdlib` (trained once, cached; `stdlib-64`, `-256`, ...: of another width), a file or folder of weights (Hugging Face's GPT-2, nanoGPT's),
     or `auto`: gpt2 if its weights, and where `needs_text` its text, are cached or can be
     downloaded, else stdlib; says which. A config.json beside weights is honoured or refused."""
     if name_or_path == "auto":
@@ -533,11 +534,14 @@ def load_model(name_or_path="auto", device="cpu", needs_text=False):
             say(f"model: stdlib, the embedded one, because GPT-2 is not to be had: {e}")
             name_or_path = "stdlib"
     path, name = Path(name_or_path), str(name_or_path)
-    if name == "stdlib":
-        path = CACHE / f"stdlib-{platform.python_version()}-v{FORMAT}.pt"
+    if embedded := EMBEDDED(name):
+        width = int(embedded[1] or 128)
+        if not 0 < width <= 1024 or width % 32:
+            raise UserError(f"{name}: a width is a multiple of 32, at most 1024")
+        path = CACHE / f"{name}-{platform.python_version()}-v{FORMAT}.pt"
         with contextlib.nullcontext() if path.exists() else hold(path.parent, wait=True):
             if not path.exists():
-                train_stdlib(path, device)
+                train_stdlib(path, device, d_model=width, n_head=width // 32)
     elif name in PUBLISHED:
         path = download(WEIGHTS.format(name), CACHE / f"{name}.safetensors")
     else:
@@ -831,40 +835,43 @@ class Muon(torch.optim.Optimizer):
 
 def fit_lm(model, train, val, steps, batch):
     """Train on rows of tokens (contexts, T + 1) -> held-out loss on the way, [{"flops", "loss"}].
-    FLOPs per token = 6 (12 L d^2 + d V) + 12 L d T."""
+    The rate is constant and the model the average of its weights, those of step s counted about as
+    s^8 (the last ninth): every point of the curve is of a finished model, as a decay to the end
+    leaves only the last one. FLOPs per token = 6 (12 L d^2 + d V) + 12 L d T."""
     c, T = model.config, model.config.n_ctx
     weights = 12 * c.n_layer * c.d_model**2 + c.d_model * c.n_vocab
     flops = batch * T * (6 * weights + 12 * c.n_layer * c.d_model * T)  # of a step
     gen = torch.Generator().manual_seed(0)
-    some = torch.randperm(len(val), generator=gen)[:512]
+    some = torch.randperm(len(val), generator=gen)[:256]
     val = val[some, :T].to(model.device)  # as long as those of `evals.downstream`
     order = torch.randint(len(train), (steps, batch), generator=gen)
     matrices = [p for p in model.h.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    muon = Muon(matrices, lr=0.01)
-    adamw = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    curve = []
+    muon = Muon(matrices, lr=0.02)
+    adamw = torch.optim.AdamW(others, lr=1.2e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    curve, average = [], copy.deepcopy(model)
     progress = Progress(steps, "lm")
-    milestones = {round(1.25**i) for i in range(100)} | {steps}
+    milestones = {1, steps} | {round(1.4**i) for i in range(8, 60)}
     for step, rows in enumerate(order, 1):
         loss = lm_loss(model, train[rows].to(model.device))
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        # Warm up, hold, decay to near zero.
-        lr = min(step / 50, 1.0) * min(1.0, (steps - step) / (0.5 * steps) + 0.02)
         for optimizer in (muon, adamw):
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * lr
+                group["lr"] = optimizer.defaults["lr"] * min(step / 50, 1.0)
             optimizer.step()
-        if step in milestones:
-            with torch.no_grad():
-                curve.append({"flops": step * flops, "loss": lm_loss(model, val).item()})
+        with torch.no_grad():
+            pairs = list(average.parameters()), list(model.parameters())
+            torch._foreach_lerp_(*pairs, 9 / (step + 8))
+            if step in milestones:
+                curve.append({"flops": step * flops, "loss": lm_loss(average, val).item()})
         progress(step, f"held-out loss {curve[-1]['loss']:.3f}")
     progress.finish()
+    model.load_state_dict(average.state_dict())
     return curve
 
-def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_head=4, steps=1000,
+def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_head=4, steps=500,
                  batch=32, length=64, text="stdlib"):  # fmt: skip
     """Train the embedded language model and save {config, state, merges, curve, losses} at `path`.
     `curve`: held-out loss against FLOPs, for the compute-equivalent metric (paper section 4.1)."""
@@ -1416,7 +1423,7 @@ def differs(meta, asked):
     def same(name, value):
         if name not in meta:
             return False
-        if name not in PATHS or value in (*PUBLISHED, "stdlib", "webtext", "-"):
+        if name not in PATHS or value in (*PUBLISHED, "webtext", "-") or EMBEDDED(value):
             return meta[name] == value
         content = text_sha256(value) if name == "text" else load_model(value)[0].sha256
         return meta[name + "_sha256"] == content
@@ -1432,7 +1439,7 @@ def check_options(text, site):
 
 def default_text(model):
     """What a model was trained on: Python's library for `stdlib`, WebText for GPT-2."""
-    return "stdlib" if model.name == "stdlib" else "webtext"
+    return "stdlib" if EMBEDDED(model.name) else "webtext"
 
 def source(cfg, alone=True):
     """What to train on -> (Acts or Stream, the same of held-out text, training tokens there are).
@@ -1492,6 +1499,7 @@ def main(argv=None):
         raise UserError(f"--tokens {a.tokens} --batch {a.batch}: there are no negative sizes")
     check_options(a.text, a.site)  # before a model is fetched or trained
     check_free(out)
+    keep_heap()
     with hold(out):
         model, encoding = load_model(a.model, device, needs_text=not a.text)
         text = a.text or default_text(model)

@@ -187,6 +187,7 @@ def nmse(sae, x, chunk=8192):
 def save(sae, path):
     """Write weights, k and meta to `path`, atomically."""
     own = {name: getattr(sae, name) for name in ("d_model", "n_latents", "k", "normalized", "meta")}
+    own |= {"lam": sae.lam} if isinstance(sae, Pivotal) else {}
     weights = {name: p.detach().cpu() for name, p in sae.state_dict().items()}
     save_atomic(path, {"sae": plain(own), "state": weights})
 
@@ -207,7 +208,8 @@ def load(cls, path, device="cpu"):
         raise ValueError(f"{path} is neither an autoencoder written by sae.py nor one of OpenAI's")
     try:
         own = saved["sae"]
-        sae = cls(own["d_model"], own["n_latents"], own["k"]).to(saved["state"]["W_dec"].dtype)
+        sae = (Pivotal if "lam" in own else cls)(own["d_model"], own["n_latents"], own["k"])
+        sae.lam, sae = own.get("lam"), sae.to(saved["state"]["W_dec"].dtype)
         sae.theta = torch.zeros_like(sae.b_enc).detach() if "theta" in saved["state"] else None
         sae.load_state_dict(saved["state"])
         sae.normalized, sae.meta = own["normalized"], dict(own["meta"])
@@ -216,12 +218,17 @@ def load(cls, path, device="cpu"):
         raise ValueError(f"{path} is not whole ({why:.120})") from None
     return sae.to(device)
 
+def activation_name(sae):
+    """The name of its activation function."""
+    if sae.k < sae.n_latents:
+        return f"TopK k = {sae.k}"
+    plain = "NeLU" if isinstance(sae, Pivotal) else "ReLU"
+    return plain if sae.theta is None else "JumpReLU"
+
 def about(sae):
     """What an autoencoder is, in a line."""
-    kind = "ReLU" if sae.theta is None else "JumpReLU"
-    kind = f"k {sae.k}" if sae.k < sae.n_latents else kind
     said = [f"{name} {sae.meta[name]}" for name in ("model", "layer", "site") if name in sae.meta]
-    told = [kind, "normalised inputs" if sae.normalized else "raw inputs", *said]
+    told = [activation_name(sae), "normalised inputs" if sae.normalized else "raw inputs", *said]
     return f"d_model {sae.d_model}, n_latents {sae.n_latents}, {', '.join(told)}"
 
 def require(holds, message):
@@ -283,21 +290,23 @@ SAE.device, SAE.dtype = (property(lambda s, a=a: getattr(s.W_dec, a)) for a in (
 # 2. A step
 # `objective` and its gradients, made from what a `Sparse` (section 3) selects.
 
-def losses(sae, u, c, aux, multi_topk=False, batch=False):
+def losses(sae, u, c, aux, multi_topk=False, batch=False, prefixes=()):
     """u (B, d) -> (loss, NMSE, residual e (B, d), values, indices (B, k)), all but loss detached.
-    loss: NMSE, or L(k) + L(4k) / 8 (Multi-TopK, section 5.3), plus aux.error, yet unweighted."""
+    loss: NMSE, or L(k) + L(4k) / 8 (Multi-TopK, section 5.3), or the mean with those of codes cut
+    to the first latents (Matryoshka, Bussmann et al. 2025), plus aux.error, yet unweighted."""
     k = min(4 * sae.k, sae.n_latents) if multi_topk else sae.k
     dead = aux.dead, aux.k
     (code, *dead_code), cut = batch_code(sae, u, *dead) if batch else (sae.select(u, k, *dead), 0)
     values, support = sae.activate(u, *code)
     values = values * (values.detach() >= cut) if batch else values
-    wide = 0.0
+    error = lambda z: (u - sae.decode(z, support)).square().mean() / c
+    others = [error(values * (support.indices < n)) for n in prefixes]
     if multi_topk:
-        wide = (u - sae.decode(values, support)).square().mean() / c / 8
+        others = [error(values) / 8]
         values, support = sae.narrower(values, support, sae.k)
     e = u - sae.decode(values, support)
     nmse, e = e.square().mean() / c, e.detach()
-    loss = nmse + wide + aux.error(u, e, *dead_code)
+    loss = (nmse + sum(others)) / (1 + len(prefixes)) + aux.error(u, e, *dead_code)
     return loss, nmse.detach(), e, values.detach(), support.indices
 
 class AuxK:
@@ -343,6 +352,7 @@ class Trainer:
         self.silent = torch.zeros_like(sae.b_enc, dtype=torch.long)  # tokens since each fired
         self.n_dead = self.own_dead = 0  # of all latents, of those that are here
         self.warmup = max(1, cfg.tokens // cfg.batch // 10)  # steps in which the penalty rises
+        self.prefixes = [int(n) for n in cfg.prefixes.split(",") if n]
         self.recent = None  # some activations u of the last batch, to calibrate on
 
     def step(self, x, **wishes):
@@ -374,7 +384,7 @@ class Trainer:
             l1 = cfg.l1 * (1 if kind == "relu" else min(1, (self.steps + 1) / self.warmup))
             found = dense_losses(self.sae, u, self.c, kind, l1)
         else:
-            found = losses(self.sae, u, self.c, aux, cfg.multi_topk, kind == "batchtopk")
+            found = losses(self.sae, u, self.c, aux, cfg.multi_topk, kind == "batchtopk", self.prefixes)
         loss, nmse, e, values, indices = found
         fires, mean = values > 0, e.mean(0)
         fired.scatter_reduce_(0, indices.flatten(), fires.flatten().long(), "amax")
@@ -1299,6 +1309,35 @@ def jumprelu(sae, a):
     a = a + sae.b_enc
     return _Jump.apply(a, sae.cut, False), _Jump.apply(a, sae.cut, True), None
 
+def pivotal(sae, a):
+    """Goldenstein et al. 2024: z = NeLU(a), `--l1` the lambda in it; nothing is counted."""
+    z = nelu(a + 0 * sae.b_enc, sae.lam)  # a bias would have a scale
+    return z, z[:, :0], None
+
+def nelu(v, lam):
+    """argmin over z >= 0 of |z - v| + lam |z|_1, v (..., n): ReLU(v - lam r), r = |v - z|, so that
+    noise in v raises its own threshold. Exact; at most ceil(1 / lam^2) - 1 are active."""
+    n = v.shape[-1]
+    s = v.detach().double().topk(min(n, math.ceil(1 / lam**2))).values.relu()
+    rest = v.detach().double().square().sum(-1, keepdim=True) - s.square().cumsum(-1) + s.square()
+    left = (rest.clamp_min(0) / (1 - torch.arange(s.shape[-1]).to(s) * lam**2)).sqrt()
+    least = s.where(s > lam * left, torch.inf).amin(-1, keepdim=True)  # of the active ones
+    on = v.detach().double() >= least
+    slack = 1 - on.sum(-1, keepdim=True) * lam**2
+    r = ((v * ~on).square().sum(-1, keepdim=True) / slack).clamp_min(1e-30).sqrt()
+    return F.relu(v - lam * r) * on
+
+class Pivotal(Sparse):
+    """z = NeLU(W_enc (u - b_pre)): its threshold is of each input, so it stays as it is."""
+    lam = 0.0
+
+    def pre_acts(self, u):
+        return nelu(F.linear(u - self.b_pre, self.W_enc), self.lam)
+
+    def encode(self, u, k=None):
+        most = math.ceil(1 / self.lam**2)
+        return SAE.encode(self, u, min(self.n_latents if k is None else k, most))
+
 class _ProLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, straight):
@@ -1330,7 +1369,7 @@ class _Jump(torch.autograd.Function):
         near = g * ((a - cut).abs() < _Jump.WIDTH / 2) / _Jump.WIDTH
         return None if alone else g * (a > cut), -(near if alone else near * cut).sum(0), None
 
-DENSE_ACTIVATIONS = {"relu": relu, "gated": gated, "jumprelu": jumprelu,
+DENSE_ACTIVATIONS = {"relu": relu, "gated": gated, "jumprelu": jumprelu, "nelu": pivotal,
                      "prolu_relu": lambda sae, a: prolu(sae, a, False),
                      "prolu_ste": lambda sae, a: prolu(sae, a, True)}
 EXTRA = {"gated": {"r_mag": 0.0, "b_mag": 0.0}, "jumprelu": {"cut": 0.001}}  # parameters (n)
@@ -1339,6 +1378,8 @@ def extended(sae, cfg):
     """The autoencoder with the parameters that its activation function has beside the usual."""
     for name, value in EXTRA.get(cfg.activation, {}).items():
         sae.register_parameter(name, nn.Parameter(torch.full_like(sae.b_enc, value)))
+    if cfg.activation == "nelu":
+        sae.__class__, sae.lam = Pivotal, cfg.l1
     return sae
 
 def dense_losses(sae, u, c, activation, l1):
@@ -1479,8 +1520,9 @@ def assemble(cls, tensors, kind, cfg, source):
 def to_saelens(sae, folder):
     """Write cfg.json and sae_weights.safetensors as SAELens 6 reads them (so TransformerLens,
     SAEBench, SAEDashboard). Its `layer_norm` is our normalisation but for an epsilon of 1e-5 and
-    its norm, s = sqrt(d - 1), as of its codes. Raises ValueError for a folder that is not empty."""
+    its norm, s = sqrt(d - 1), as of its codes. Raises ValueError for a folder that is not empty, and for NeLU."""
     weights, config = Path(folder) / FOREIGN[0], Path(folder) / "cfg.json"
+    require(not isinstance(sae, Pivotal), "SAELens has no NeLU")
     require(not any(Path(folder).glob("*")), f"{folder} is not empty; choose another folder")
     s, theta = math.sqrt(sae.d_model - 1) if sae.normalized else 1.0, sae.theta
     w = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_enc": sae.b_enc * s, "b_dec": sae.b_pre * s}
@@ -1560,10 +1602,12 @@ class Config:
     accumulate: int = option(1, "parts in which a batch is worked through, to save memory")
     shards: int = option(1, "under torchrun: processes that share the latents, not the batch")
     multi_topk: bool = option(False, "loss L(k) + L(4k)/8: a code that is good at many test-time k")
+    prefixes: str = option("", "Matryoshka: such first latents reconstruct by themselves: 512,2048")
     activation: str = option("", "topk, batchtopk (k on average); with --l1, without --k and AuxK: "
-                             "relu, gated, prolu_relu, prolu_ste, jumprelu", "topk; relu for --l1")
+                             "relu, gated, prolu_relu, prolu_ste, jumprelu, nelu", "topk; relu "
+                             "for --l1")
     l1: float = option(0.0, "coefficient of the penalty: |z|_1, of jumprelu L0; warmed up over a "
-                       "tenth of the steps but for relu")
+                       "tenth of the steps but for relu; of nelu the lambda in it")
     precision: str = option("", "encoder product: bf16 or fp32", "bf16 if the hardware has it")
     seed: int = option(0, "of initialisation and data order")
     device: str = option("", "cuda or cpu", "cuda if there")
@@ -1595,13 +1639,18 @@ def resolve(cfg, d_model, tokens):
     require(c.activation in kinds, f"--activation {c.activation}: choose of {', '.join(kinds)}")
     require(dense == (c.l1 > 0), f"--activation {c.activation} goes "
             f"{'with a positive' if dense else 'without'} --l1")
-    require(not c.multi_topk or c.activation == "topk", "--multi_topk is of TopK alone")
+    require(not c.multi_topk or c.activation == "topk" and not c.prefixes,
+            "--multi_topk is of TopK alone")
+    cuts = [0, *(int(n) if n.isdecimal() else 0 for n in c.prefixes.split(",") if c.prefixes)]
+    rising = all(a < b for a, b in zip(cuts, [*cuts[1:], c.n_latents])) or not c.prefixes
+    require(rising and not (dense and c.prefixes), f"--prefixes {c.prefixes}: rising numbers of "
+            f"latents below {c.n_latents}, such as 512,2048, of topk or batchtopk")
     if dense:
         c.k, c.aux_coef = c.n_latents, 0.0
     require(c.accumulate >= 1, f"--accumulate {c.accumulate} must be at least 1")
     require(c.shards >= 1, f"--shards {c.shards} must be at least 1")
-    require(c.shards == 1 or c.k != c.n_latents and c.activation == "topk",
-            f"--shards {c.shards} goes with TopK only (k < n_latents)")
+    require(c.shards == 1 or c.k != c.n_latents and c.activation == "topk" and not c.prefixes,
+            f"--shards {c.shards} goes with TopK only (k < n_latents, no --prefixes)")
     require(1 <= c.k <= c.n_latents, f"k = {c.k} must be between 1 and n_latents = {c.n_latents}")
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     c.tokens = c.tokens or tokens

@@ -1717,6 +1717,11 @@ def test_embedded_model(model_file):
     model, encoding = harvest.load_model(str(model_file))
     assert model.config.n_head == 2 and model.config.n_vocab == encoding.n_vocab == 300
     assert model.curve == saved["curve"] and not any(p.requires_grad for p in model.parameters())
+    # the model is the average that the curve is of, not the weights of the last step
+    rows = torch.tensor(list(harvest.split_contexts(DOCS, encoding, "val", 17)))
+    rows = rows[torch.randperm(len(rows), generator=gen(0))[:256], :16]
+    if len(rows) < 256:
+        assert harvest.lm_loss(model, rows).item() == pytest.approx(saved["curve"][-1]["loss"])
     again = model_file.with_name("again.pt")
     harvest.train_stdlib(again, **TOY, text=DOCS)
     repeated = torch.load(again, weights_only=True)["state"].values()
@@ -1823,6 +1828,16 @@ def test_auto_says_why_it_takes_the_embedded_model(model_file, monkeypatch, caps
     (cache / name).write_bytes(model_file.read_bytes())
     model, _ = harvest.load_model("auto")
     assert model.name == "stdlib" and "no network" in capsys.readouterr().err
+    for name, why in (("stdlib-33", "multiple of 32"), ("stdlib-0", "multiple of 32"),
+                      ("stdlib-2048", "at most 1024"), ("stdlib-x", "no weights at")):
+        with pytest.raises(harvest.UserError, match=why):
+            harvest.load_model(name)
+    made = []
+    monkeypatch.setattr(harvest, "train_stdlib", lambda path, device, **kw: (made.append(kw),
+                        Path(path).write_bytes(model_file.read_bytes())))
+    model, _ = harvest.load_model("stdlib-64")
+    assert made == [{"d_model": 64, "n_head": 2}] and model.name == "stdlib-64"
+    assert harvest.default_text(model) == "stdlib"
 
 
 # ---------------------------------------------------------------------------------- shards
@@ -2163,6 +2178,38 @@ def test_positions_and_dense_latents_by_hand():
     assert found[0]["position"] == pytest.approx(1) and found[1]["first_token"] == pytest.approx(1)
     assert found[2]["repetition"] == pytest.approx(1)
     assert found[0]["density"] == pytest.approx(7 / 8) and found[1]["position"] < 0
+    # a rank does not see how fast something grows; of a pair of opposites the product is 1
+    grows = torch.zeros(C, T, 4)
+    grows[..., 0] = torch.exp(at.double())
+    with torch.no_grad():
+        m.W_enc[1], m.W_dec[1] = -m.W_enc[0], -m.W_dec[0]
+    found = evals.dense_latents(m, grows, top=1)["densest"][0]
+    assert found["rank_position"] == pytest.approx(1) and found["position"] < 0.8
+    assert found["antipodality"] == pytest.approx(1)
+    assert evals.ranks(torch.tensor([[3.0], [1], [3], [2]]))[:, 0].tolist() == [3.5, 1, 3.5, 2]
+
+
+def test_denoising_by_hand():
+    x = randn(40, 8, 6, seed=7, dtype=F32) + 2
+    m = Everything.make(6)  # it keeps all the noise
+    r = evals.denoise(m, x, at=(0.0, 0.1, 1.0))
+    assert r["nmse"][0] < 1e-9 and r["agreement"][0] == pytest.approx(1)
+    m.normalized = False  # then exactly: noise of 0.1 of the norm is 0.01 of the squared distances
+    raw = evals.denoise(m, x, at=(0.1, 1.0))
+    centered = S.normalize(x)[2].square().sum()
+    ratio = (centered / evals.spread(x).sum()).item()
+    assert raw["nmse"] == pytest.approx([0.01 * ratio, ratio], rel=0.1)
+    assert r["agreement"][0] > r["agreement"][1] > r["agreement"][2]
+    m = make_sae(6, 40, 3, dtype=F32)
+    clean, r = evals.reconstruction(m, x), evals.denoise(m, x, at=(0.0, 0.5))
+    assert r["nmse"][0] == pytest.approx(clean["nmse"]) and r["agreement"][0] == pytest.approx(1)
+    # Jaccard's: of three active latents in each, two in common are 2 of 4
+    u = S.normalize(x.flatten(0, 1))[0]
+    noise = torch.randn(u.shape, generator=gen(0)) * 6**-0.5 * S.normalize(x.flatten(0, 1))[2]
+    v = S.normalize(x.flatten(0, 1) + 0.5 * noise)[0]
+    a, b = (to_dense(*m.encode(w), 40) > 0 for w in (u, v))
+    jaccard = ((a & b).sum(1) / (a | b).sum(1)).mean().item()
+    assert r["agreement"][1] == pytest.approx(jaccard) and 0.1 < jaccard < 0.9
 
 
 def test_memorization_sees_overfitting():
@@ -2349,13 +2396,21 @@ def test_token_labels_by_hand():
     tokens = torch.tensor([[x, no, ok, digits, ok, x, no, ok]])
     phrase = evals.token_labels(tokens, encoding)["phrase No ok"][0]
     assert phrase.tolist() == [-1, -1, 1, -1, 0, -1, -1, 1]
+    # what follows the first word alone counts too, no more often than the second word alone
+    tokens = torch.tensor([[x, no, ok, digits, ok, x, no, digits, no, digits, no, ok]])
+    phrase = evals.token_labels(tokens, encoding)["phrase No ok"][0]
+    assert phrase.tolist() == [-1, -1, 1, -1, 0, -1, -1, 0, -1, -1, -1, 1]
 
 
 def test_text_features_are_means_over_tokens(model_file):
     model, encoding = harvest.load_model(str(model_file))
     m, site = make_sae(16, 20, 2, dtype=F32), evals.Site(model, *SITE)
     texts = ["def f(x):\n    return x " * 9, "x", "print(3)"]
-    tasks = list(evals.text_tasks(m, site, encoding, {"t": (texts, [0, 1, 1])}, length=16, batch=2))
+    asked = {name: (texts, [0, 1, 1]) for name in ("t", "phrase_of x")}
+    tasks = list(evals.text_tasks(m, site, encoding, asked, length=16, batch=2))
+    for text, last in zip(texts, tasks[1][1]):
+        ids = torch.tensor([encoding.encode_ordinary(text)[-16:]])
+        assert torch.allclose(last, model.acts(ids, *SITE)[0, -1], atol=1e-5)
     (name, x, u, y) = tasks[0]
     assert name == "t" and y.tolist() == [0, 1, 1]
     for i, text in enumerate(texts):
@@ -2571,7 +2626,8 @@ def test_ablation_sparsity_against_a_loop(model_file, acts_dir):
     latents = [v * norm * m.W_dec[i].detach() for v, i in zip(values[0], indices[0]) if v > 0]
     channels = [act * (torch.arange(16) == i) for i in range(16)]
     mean = lambda effects, T: pytest.approx(np.mean([share(c, T) for c in effects]), rel=1e-3)
-    assert r["latents"] == mean(latents, 6) and r["ablations"] == len(latents)
+    assert r["latents"] == mean(latents, 6) and r["ablations"] == 3 * len(latents)
+    assert r["latents_first"] == r["latents_middle"] == r["latents"]  # there is but one place
     assert r["channels"] == mean(channels, 6) and r["channels_here"] == mean(channels, 1)
 
 
@@ -2787,6 +2843,7 @@ def test_metrics_do_not_depend_on_the_order_of_latents(model_file, acts_dir, see
         "n2g": explained,
         "ablation_sparsity": lambda sae: evals.ablation_sparsity(sae, site, tokens, T=4, samples=3),
         "refinement": lambda sae: evals.refinement(sae, x),
+        "denoise": lambda sae: evals.denoise(sae, x),
     }
     names = {"densest" if name == "dense_latents" else name for name in evals.METRICS}
     assert names - {"explanation_reconstruction"} == metrics.keys()
@@ -3158,9 +3215,11 @@ def planted_page(tmp_path_factory):
     page = evals.report(m, evals.Site(model, *SITE), tokens, x, encoding)
     path = tmp_path_factory.mktemp("report") / "report.html"
     extra = {"about": "<b>about</b>", "metrics": [["NMSE", 0.5, math.nan, "", "1 token"]],
-             "tasks": [["digits", 0.1, 0.2, 0.7]], "dense": [[7, 0.1, 0.0, 0.0, 0.0]], "plots": {},
+             "tasks": [["digits", 0.1, 0.2, 0.7]], "dense": [[7, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0]], "plots": {},
              "curves": {n: [] for n in "tokens nmse val_nmse dead l0 tokens_per_s".split()},
-             "runs": [], "n2g": {"7": [1.0, 0.5]}, "patterns": {"7": ['"</script>"  (1.000)']}}
+             "runs": [], "n2g": {"7": [1.0, 0.5]}, "compared": [*evals.COMPARED],
+             "frontier": [dict.fromkeys(evals.COMPARED, 0.5) | {"activation": "topk", "L0": k}
+                          for k in (8, 16)], "patterns": {"7": ['"</script>"  (1.000)']}}
     evals.write_report(path, page | extra)
     return m, model, tokens, x, path
 
@@ -3740,7 +3799,7 @@ def test_export_is_what_saelens_reads(tmp_path, run_dir, capsys):
     folder = tmp_path / "export"
     S.main(["--export", str(run_dir), str(folder)])
     out = capsys.readouterr().out
-    assert "d_model 16, n_latents 64, k 4, normalised inputs" in out and "sqrt(d - 1)" in out
+    assert "d_model 16, n_latents 64, TopK k = 4, normalised inputs" in out and "sqrt(d - 1)" in out
     cfg, m = read_json(folder / "cfg.json"), S.SAE.load(run_dir)
     w = S.read_safetensors(folder / "sae_weights.safetensors")
     assert {name: tuple(t.shape) for name, t in w.items()} == {
@@ -3903,7 +3962,7 @@ def test_every_recipe_of_the_readme_runs(tmp_path, monkeypatch):
 def activated(kind, d=6, n=20, B=30, seed=0):
     """An autoencoder of that kind with nothing at zero, and inputs."""
     m = make_sae(d, n, n, seed)
-    S.extended(m, S.Config(activation=kind))
+    S.extended(m, S.Config(activation=kind, l1=0.3))
     with torch.no_grad():
         for name in S.EXTRA.get(kind, ()):
             getattr(m, name).copy_(0.3 * randn(n, seed=seed + 1))
@@ -3919,8 +3978,9 @@ def test_folding_changes_no_code(kind, seed):
     values = S.DENSE_ACTIVATIONS[kind](m, F.linear(u - m.b_pre, m.W_enc))[0]
     own = S.folded(m, kind, u)
     assert torch.allclose(to_dense(*own.encode(u), 20), values, atol=1e-12)
-    assert kind == "relu" or (own.theta >= 0).all()
-    assert (own.theta is None) == (kind == "relu") and {*own.state_dict()} <= {
+    plain = kind in ("relu", "nelu")
+    assert plain or (own.theta >= 0).all()
+    assert (own.theta is None) == plain and {*own.state_dict()} <= {
         "W_enc", "b_enc", "W_dec", "b_pre", "theta"}
 
 
@@ -3959,6 +4019,44 @@ def test_the_gradient_of_a_threshold_is_that_of_the_expected_loss(monkeypatch):
         assert cut.grad.item() == pytest.approx(exact, abs=6e-3)
 
 
+@given(seeds, st.integers(1, 40), st.floats(0.1, 1.3), st.floats(1e-3, 1e3))
+def test_nelu_is_the_minimum_it_is_defined_by(seed, n, lam, scale):
+    """The square-root lasso: |z - v| + lam |z|_1, z >= 0; whatever the scale of v."""
+    v = randn(20, n, seed=seed) * randn(20, 1, seed=seed + 1).abs()
+    v[:3], v[3] = v[:3].abs(), 0
+    z = S.nelu(v, lam)
+    of = lambda z: (z - v).norm(dim=-1) + lam * z.sum(-1)
+    for size in (1e-3, 1e-1, 1.0):
+        for i in range(5):
+            moved = (z + size * randn(20, n, seed=seed + i)).relu()
+            assert (of(moved) >= of(z) - 1e-9).all() and (of(z * i / 3) >= of(z) - 1e-9).all()
+    assert torch.allclose(S.nelu(scale * v, lam), scale * z, atol=1e-9 * scale)
+    assert torch.allclose(S.nelu(v.float(), lam).double(), z, atol=1e-4)
+    most = math.ceil(1 / lam**2) - 1
+    assert (z > 0).sum(-1).max() <= (n if lam * n**0.5 <= 1 else most) and (z[3] == 0).all()
+    silent = v.amax(-1) <= lam * v.norm(dim=-1)
+    assert torch.equal(silent, (z == 0).all(-1))
+
+
+def test_nelu_is_differentiated_exactly_and_does_not_mind_noise():
+    v = randn(9, 12, seed=3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: S.nelu(v, 0.4), v)
+    zero = torch.zeros(2, 5, requires_grad=True)
+    S.nelu(zero, 0.4).sum().backward()
+    assert zero.grad.isfinite().all()
+    # 64 orthonormal atoms, four active: one lambda and one bias, alike at 0.1, at other noise
+    on = torch.rand(1000, 64, generator=gen(0)).argsort(1) < 4
+    clean, noise = (torch.rand(1000, 64, generator=gen(1)) + 1) * on, randn(1000, 64, seed=2)
+    f1 = lambda z: (2 * ((z > 0) & on).sum() / ((z > 0).sum() + on.sum())).item()
+    nmse = lambda z: ((z - clean).square().sum() / (clean - clean.mean(0)).square().sum()).item()
+    found = {s: [(f1(z), nmse(z)) for y in [clean + s * noise]
+                 for z in (S.nelu(y, 0.15), F.relu(y - 0.11))] for s in (0.01, 0.1, 0.2, 0.4)}
+    scores = list(zip(*([one[0] for one in pair] for pair in found.values())))
+    assert max(scores[0]) - min(scores[0]) < 0.03 and max(scores[1]) - min(scores[1]) > 0.5
+    assert found[0.4][0][1] < 0.6 * found[0.4][1][1]
+    assert found[0.1][0][1] == pytest.approx(found[0.1][1][1], rel=0.1)
+
+
 @given(st.integers(3, 9), st.integers(2, 80), st.integers(1, 5), st.integers(1, 40), seeds)
 def test_batchtopk_is_exact_over_the_batch(d, n, k, B, seed):
     k = min(k, n - 1)
@@ -3984,16 +4082,49 @@ def test_batchtopk_is_exact_over_the_batch(d, n, k, B, seed):
     assert abs(int(active) - int(mask.sum())) <= 1
 
 
-def planted_run(activation, l1, make, steps=500, B=256):
-    """A dictionary of 64 atoms in 32 dimensions, learned -> what it reconstructs with."""
+@given(st.integers(1, 5), seeds, st.booleans())
+def test_prefixes_reconstruct_by_themselves(k, seed, batch):
+    m, u = make_sae(6, 30, k, seed), S.normalize(randn(9, 6, seed=seed + 1))[0]
+    aux = argparse.Namespace(dead=torch.arange(0), k=0, error=lambda *a: 0.0)
+    loss, nmse, e, values, indices = S.losses(m, u, 2.0, aux, False, batch, [4, 12])
+    z = m.pre_acts(u).relu() * (to_dense(values, indices, 30) > 0)
+    errors = [(u - z[:, :n] @ m.W_dec[:n] - m.b_pre).square().mean() / 2 for n in (4, 12, 30)]
+    assert torch.allclose(loss, sum(errors) / 3) and torch.allclose(nmse, errors[-1])
+    ours = torch.autograd.grad(loss, [*m.parameters()])
+    for one, other in zip(ours, torch.autograd.grad(sum(errors) / 3, [*m.parameters()])):
+        assert torch.allclose(one, other, atol=1e-10)
+
+
+def test_prefixes_keep_parents_from_being_absorbed():
+    """Eight parents, each with four children of which at most one is on, and only with it."""
+    def make(B, g, where=False):
+        parents = torch.rand(B, 8, generator=g) < 0.15
+        child = torch.randint(8, (B, 8), generator=g)  # 0 to 3: that one, else none
+        children = (F.one_hot(child, 8)[..., :4] * parents[..., None]).flatten(1)
+        x = parents.float() @ ATOMS[:8] + children.float() @ ATOMS[8:40]
+        return (x, parents, children > 0) if where else x
+
+    absorbed = []
+    for prefixes in ("", "8"):
+        m = planted_run("batchtopk", 0.0, make, 600, n=40, k=2, prefixes=prefixes)
+        x, parents, children = make(2048, gen(5), True)
+        on = to_dense(*m.encode(S.normalize(x)[0]), 40) > 0
+        nearest = (F.normalize(m.W_dec, dim=1) @ ATOMS[:8].T).argmax(0)
+        with_child = parents & children.view(-1, 8, 4).any(2)
+        absorbed.append((~on[:, nearest])[with_child].double().mean().item())
+    assert absorbed[1] < 0.6 * absorbed[0], absorbed
+
+
+def planted_run(activation, l1, make, steps=500, B=256, n=64, k=4, **more):
+    """A dictionary of atoms in 32 dimensions, learned -> what it reconstructs with."""
     tokens = steps * B
-    cfg = S.Config(n_latents=64, k=4, batch=B, tokens=tokens, lr=3e-3, l1=l1, device="cpu",
-                   activation=activation, dead_tokens=10**8, precision="fp32")
+    cfg = S.Config(n_latents=n, k=k, batch=B, tokens=tokens, lr=3e-3, l1=l1, device="cpu",
+                   activation=activation, dead_tokens=10**8, precision="fp32", **more)
     cfg = S.resolve(cfg, 32, tokens)
     g = gen(1)
     u = S.normalize(make(4096, g))[0]
     torch.manual_seed(0)
-    m = S.extended(S.Sparse(32, 64, cfg.k), cfg)
+    m = S.extended(S.Sparse(32, n, cfg.k), cfg)
     S.init_from_data(m, u)
     t = S.Trainer(cfg, m, (u - u.mean(0)).square().mean().item())
     for _ in range(steps):
@@ -4035,8 +4166,8 @@ def test_batchtopk_gives_each_token_what_it_needs():
 
 def test_every_activation_from_the_command_line(tmp_path, capsys, acts_dir):
     for kind in ("batchtopk", *S.DENSE_ACTIVATIONS):
-        given_ = ["--activation", kind, *(["--l1", "0.02"] if kind != "batchtopk" else [])]
-        out = tmp_path / kind
+        l1 = {"batchtopk": [], "nelu": ["--l1", "0.1"]}.get(kind, ["--l1", "0.02"])
+        given_, out = ["--activation", kind, *l1], tmp_path / kind
         argv = [str(a) for a in [*TINY, *given_, "--acts", acts_dir, "--out", out]]
         S.main(argv)
         assert read_json(out / "config.json")["activation"] == kind
@@ -4044,6 +4175,10 @@ def test_every_activation_from_the_command_line(tmp_path, capsys, acts_dir):
         r = read_json(out / "evals.json")
         assert r["reconstruction"]["nmse"] < 0.9 and r["reconstruction"]["l0"] > 1
         m = S.SAE.load(out)
+        if kind == "nelu":
+            assert "NeLU" in repr(m) and m.lam == 0.1
+            refuses(S.main, ["--export", out, tmp_path / "x"], capsys, "SAELens has no NeLU")
+            continue
         m.to_saelens(tmp_path / f"{kind}-out")
         x = randn(20, 16, dtype=F32)
         assert torch.allclose(S.SAE.load(tmp_path / f"{kind}-out")(x), m(x), atol=1e-4)
@@ -4051,8 +4186,26 @@ def test_every_activation_from_the_command_line(tmp_path, capsys, acts_dir):
     for given_, why in ((["--activation", "swish"], "choose of topk"),
                         (["--activation", "gated"], "goes with a positive --l1"),
                         (["--activation", "topk", "--l1", "0.1"], "goes without --l1"),
-                        (["--activation", "batchtopk", "--multi_topk"], "is of TopK alone")):
+                        (["--activation", "batchtopk", "--multi_topk"], "is of TopK alone"),
+                        (["--prefixes", "8", "--multi_topk"], "is of TopK alone"),
+                        (["--prefixes", "8", "--l1", "0.1"], "of topk or batchtopk"),
+                        (["--prefixes", "8,8"], "rising numbers of latents below"),
+                        (["--prefixes", "8,x"], "rising"), (["--prefixes", "99999"], "rising")):
         refuses(S.main, [*no, *given_], capsys, why)
+    runs = [str(tmp_path / kind) for kind in ("batchtopk", "relu")]
+    evals.main([*runs, "--compare", "--report", *CPU, "--latents", "8"])
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out[out.index("activation ") :].splitlines()[1:]]
+    assert [row[0] for row in rows] == ["batchtopk", "relu"] and rows[0][-1] == runs[0]
+    for run in runs:
+        page, r = page_of(Path(run) / "report.html"), read_json(Path(run) / "evals.json")
+        assert [row["activation"] for row in page["frontier"]] == ["batchtopk", "relu"]
+        row = page["frontier"][runs.index(run)]
+        assert row["NMSE"] == r["reconstruction"]["nmse"] and row["ΔCE"] == r["downstream"]["delta_ce"]
+        assert row["N2G recall"] == r["n2g"]["recall"]
+    evals.main([runs[0], "--only", "reconstruction", "--tokens", "64", *CPU])
+    with pytest.raises(harvest.UserError, match="different texts"):
+        evals.frontier(runs)
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated"])
