@@ -410,9 +410,8 @@ class Trainer:
     @torch.no_grad()
     def update(self):
         """From gradients to weights and their average; decoder rows keep their unit norm (A.1)."""
-        W_dec, decay = self.sae.W_dec, self.cfg.ema
-        for g, W in zip(W_dec.grad.split(4096), W_dec.split(4096)):  # a few at a time
-            g.addcmul_(torch.linalg.vecdot(g, W)[:, None], W, value=-1)  # drop the radial part
+        decay = self.cfg.ema
+        self.project()
         if self.cfg.clip:
             nn.utils.clip_grads_with_norm_(self.params, self.cfg.clip, self.gradient_norm())
         self.adam.step()
@@ -420,6 +419,12 @@ class Trainer:
         self.steps += 1
         weight = (1 - decay) / (1 - decay**self.steps)  # bias-corrected, as Adam's moments
         torch._foreach_lerp_(self.ema, self.params, weight)
+
+    def project(self):
+        """Drop the radial part of the decoder's gradient, which Adam would turn into another."""
+        W_dec = self.sae.W_dec
+        for g, W in zip(W_dec.grad.split(4096), W_dec.split(4096)):  # a few at a time
+            g.addcmul_(torch.linalg.vecdot(g, W)[:, None], W, value=-1)
 
     # What differs where a trainer is one of several (section 4).
     share = 1.0  # of every batch that this trainer works on

@@ -4783,7 +4783,7 @@ def show_rates(known, rates, as_json):
         print(f"  {name:<28} {rate:>13,.0f} tokens/s   {share}")
 
 
-def learned(name, a, cfg, train, val):
+def learned(name, cfg, train, val):
     """sae.py or a peer, trained on the same batches -> its autoencoder, the norm of its inputs."""
     batches = lambda step: train.batches(cfg.batch, cfg.seed, step, cfg.device)
     if name == "sae.py":
@@ -4792,8 +4792,7 @@ def learned(name, a, cfg, train, val):
     torch.manual_seed(cfg.seed)
     norm = train.d_model**0.5
     steps = cfg.tokens // cfg.batch
-    theirs = dataclasses.replace(cfg, lr=a.lr, dead_tokens=cfg.tokens // 20)
-    step, sae = PEERS[name](theirs, train.d_model)
+    step, sae = PEERS[name](dataclasses.replace(cfg, dead_tokens=cfg.tokens // 20), train.d_model)
     progress = harvest.Progress(steps, name)
     for i, x in enumerate(itertools.islice(batches(0), steps), 1):
         progress(i, f"loss {step(S.normalize(x.float())[0] * norm):.4f}")
@@ -4821,20 +4820,27 @@ def quality(a, cfg):
     train, val = harvest.Acts(cfg.acts), harvest.Acts(cfg.acts, "val")
     tokens = min(cfg.tokens or train.n_tokens, train.n_tokens)
     cfg = S.resolve(dataclasses.replace(cfg, tokens=tokens), train.d_model, 0)
-    few, many = (val.sample(size)[1].flatten(0, 1).to(cfg.device) for size in (8192, 65536))
-    u = S.normalize(many.float())[0]
+    held_out = val.sample(8192 + 65536)[1].flatten(0, 1).to(cfg.device)
+    size = len(held_out) // 9  # on which the weights of sae.py are chosen
+    few, u = held_out[:size], S.normalize(held_out[size:].float())[0]
+    rates = [float(rate) for rate in a.lr.split(",")]
     known = {"acts": cfg.acts, "tokens": tokens, "held_out": len(u), "n_latents": cfg.n_latents}
-    known |= {"k": cfg.k, "batch": cfg.batch, "lr": cfg.lr, "lr_of_peers": a.lr}
+    known |= {"k": cfg.k, "batch": cfg.batch, "lr": cfg.lr, "lr_of_peers": rates}
     if not a.json:
-        print(", ".join(f"{name} {value}" for name, value in known.items()))
+        print(", ".join(f"{name} {value}" for name, value in known.items()), flush=True)
     peers = installed(cfg.device) if a.peers else ()
     for name in ("sae.py", *peers):
-        seeds = [dataclasses.replace(cfg, seed=cfg.seed + i) for i in range(a.seeds)]
-        scores = [judge(*learned(name, a, c, train, few), u, c.n_latents) for c in seeds]
-        nmse, silent = zip(*scores)
-        known[name] = {"nmse": nmse, "silent": silent}
+        run = lambda lr, i: judge(*learned(name, dataclasses.replace(cfg, lr=lr, seed=cfg.seed + i),
+                                           train, few), u, cfg.n_latents)
+        tried = {lr: run(lr, 0) for lr in ([cfg.lr] if name == "sae.py" else rates)}
+        lr = min(tried, key=tried.get)  # the best for this one, by what is compared
+        nmse, silent = zip(tried[lr], *(run(lr, i) for i in range(1, a.seeds)))
+        known[name] = {"lr": lr, "nmse": nmse, "silent": silent}
+        known[name]["tried"] = {lr: score for lr, (score, _) in tried.items()}
         if not a.json:
-            print(f"  {name:<20} NMSE", *(f"{x:.4f}" for x in nmse), "  silent", *silent)
+            print(f"  {name:<20} lr {lr:g}  NMSE", *(f"{x:.4f}" for x in nmse), "  silent", *silent,
+                  "  tried", *(f"{lr:g}: {score:.4f}" for lr, (score, _) in tried.items()),
+                  flush=True)
     if a.json:
         print(json.dumps(known))
 
@@ -4850,7 +4856,8 @@ def bench_main(argv=None):
     p.add_argument("--d", type=int, default=768, help="width of the random data (default: 768)")
     p.add_argument("--rounds", type=int, default=5, help="of which medians are taken (default: 5)")
     p.add_argument("--seeds", type=int, default=1, help="runs with --quality (default: 1)")
-    p.add_argument("--lr", type=float, default=1e-3, help="of peers with --quality (default: 1e-3)")
+    p.add_argument("--lr", default="1e-3,2e-3,4e-3,6e-3", help="of peers with --quality, each of "
+                   "which takes its best (default: 1e-3,2e-3,4e-3,6e-3)")
     a, rest = p.parse_known_args(argv)
     if min(a.d - 1, a.rounds, a.seeds) < 1:
         raise harvest.UserError("--d must be at least 2, --rounds and --seeds at least 1")
