@@ -1293,20 +1293,10 @@ def batch_code(sae, u, *dead):
 # Dense ones: of a = W_enc (u - b_pre), z; what `--l1` counts; and of `gated` a code that must
 # reconstruct u by itself, with the decoder as it is. All are (B, n).
 
-def relu(sae, a):
-    """Section 2.2: z = ReLU(a + b_enc)."""
-    z = F.relu(a + sae.b_enc)
-    return z, z, None
-
 def gated(sae, a):
     """Rajamanoharan et al. 2024a: b_enc opens the gate, which learns by reconstructing alone."""
     gate = F.relu(a + sae.b_enc)
     return (gate > 0) * F.relu(a * sae.r_mag.exp() + sae.b_mag), gate, gate
-
-def prolu(sae, a, straight):
-    """Taggart 2024: z = a where a > 0 and a + b_enc > 0. Neither gradient is the true one."""
-    z = _ProLU.apply(a, sae.b_enc, straight)
-    return z, z, None
 
 def jumprelu(sae, a):
     """Rajamanoharan et al. 2024b: z = a 1(a > cut), cut (n) learned; `--l1` counts L0."""
@@ -1314,14 +1304,9 @@ def jumprelu(sae, a):
     a = a + sae.b_enc
     return _Jump.apply(a, sae.cut, False), _Jump.apply(a, sae.cut, True), None
 
-def pivotal(sae, a):
-    """Goldenstein et al. 2024: z = NeLU(a), `--l1` the lambda in it; nothing is counted."""
-    z = nelu(a + 0 * sae.b_enc, sae.lam)  # a bias would have a scale
-    return z, z[:, :0], None
-
 def nelu(v, lam):
     """argmin over z >= 0 of |z - v| + lam |z|_1, v (..., n): ReLU(v - lam r), r = |v - z|, so that
-    noise in v raises its own threshold. Exact; at most ceil(1 / lam^2) - 1 are active."""
+    noise raises the threshold (Goldenstein et al. 2024). At most ceil(1 / lam^2) - 1 are active."""
     n = v.shape[-1]
     s = v.detach().double().topk(min(n, math.ceil(1 / lam**2))).values.relu()
     rest = v.detach().double().square().sum(-1, keepdim=True) - s.square().cumsum(-1) + s.square()
@@ -1344,6 +1329,7 @@ class Pivotal(Sparse):
         return SAE.encode(self, u, min(self.n_latents if k is None else k, most))
 
 class _ProLU(torch.autograd.Function):
+    """Taggart 2024: z = a where a > 0 and a + b > 0. Neither gradient is the true one."""
     @staticmethod
     def forward(ctx, a, b, straight):
         on = (a > 0) & (a + b > 0)
@@ -1374,9 +1360,13 @@ class _Jump(torch.autograd.Function):
         near = g * ((a - cut).abs() < _Jump.WIDTH / 2) / _Jump.WIDTH
         return None if alone else g * (a > cut), -(near if alone else near * cut).sum(0), None
 
-DENSE_ACTIVATIONS = {"relu": relu, "gated": gated, "jumprelu": jumprelu, "nelu": pivotal,
-                     "prolu_relu": lambda sae, a: prolu(sae, a, False),
-                     "prolu_ste": lambda sae, a: prolu(sae, a, True)}
+alike = lambda z: (z, z, None)
+DENSE_ACTIVATIONS = {
+    "relu": lambda sae, a: alike(F.relu(a + sae.b_enc)),  # section 2.2
+    "gated": gated, "jumprelu": jumprelu,
+    "prolu_relu": lambda sae, a: alike(_ProLU.apply(a, sae.b_enc, False)),
+    "prolu_ste": lambda sae, a: alike(_ProLU.apply(a, sae.b_enc, True)),
+    "nelu": lambda sae, a: (nelu(a + 0 * sae.b_enc, sae.lam), a[:, :0], None)}  # without a bias
 EXTRA = {"gated": {"r_mag": 0.0, "b_mag": 0.0}, "jumprelu": {"cut": 0.001}}  # parameters (n)
 
 def extended(sae, cfg):
@@ -1599,9 +1589,11 @@ class Config:
                          "all of --acts once; 400 M streamed")
     batch: int = option(0, "tokens a step", "tokens / 2000, a power of 2 in 1024 ... 131,072")
     lr: float = option(0.0, "Adam's, constant", "1e-4 sqrt(32768 / n), more in short runs")
-    k_aux: int = option(0, "dead latents used by AuxK", "the power of two at or below d/2")
+    k_aux: int = option(0, "dead latents used by AuxK", "d/2, in short runs k if that is less, down "
+                        "to a power of two")
     aux_coef: float = option(1 / 32, "weight of AuxK; 0 turns it off")
-    dead_tokens: int = option(0, "silence after which a latent is dead", "tokens / 100, up to 10 M")
+    dead_tokens: int = option(0, "silence after which a latent is dead", "40 n / k, or tokens / 100 "
+                              "if that is more, up to 10 M")
     ema: float = option(0.0, "decay of the weights' average", "0.999, less in short runs")
     clip: float = option(0.0, "clip the gradient norm; 0: not, as the paper on GPT-2 small")
     accumulate: int = option(1, "parts in which a batch is worked through, to save memory")
@@ -1665,9 +1657,11 @@ def resolve(cfg, d_model, tokens):
     require(steps > 0, f"{c.tokens:,} tokens are less than one batch of {c.batch:,}; "
             "lower --batch or give more activations")
     paper_lr = 1e-4 * math.sqrt(32768 / c.n_latents)
-    c.lr = c.lr or max(paper_lr, min(2e-3, paper_lr * 20_000 / steps))
-    c.k_aux = c.k_aux or 2 ** int(math.log2(max(2, d_model // 2)))
-    c.dead_tokens = c.dead_tokens or min(10_000_000, max(c.tokens // 100, c.batch))
+    c.lr = c.lr or max(paper_lr, min(4e-3, paper_lr * 40_000 / steps))
+    due = max(c.tokens // 100, 40 * c.n_latents // c.k, c.batch)  # 40 times a latent's mean wait
+    c.dead_tokens = c.dead_tokens or min(10_000_000, due)
+    most = max(2, d_model // 2 if c.dead_tokens >= 10_000_000 else min(c.k, d_model // 2))
+    c.k_aux = c.k_aux or 2 ** int(math.log2(most))
     c.ema = c.ema or min(0.999, 1 - 1 / max(2, 0.07 * steps))
     require(0 <= c.ema < 1, f"--ema {c.ema} must be below 1")
     fast = c.device.startswith("cuda") or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
