@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
-RUN := runs/stdlib_n32768_k32
+RUN := runs/stdlib_n8192_k32
 
 run: $(RUN)/sae.pt
 	@$(PY) evals.py $(RUN) --report
@@ -38,11 +38,11 @@ peers: .venv-peers/ready
 	@touch $@
 
 acts/ready: .venv/ready
-	$(PY) harvest.py --model stdlib --out acts
+	$(PY) harvest.py --model stdlib --tokens 1000000 --out acts
 	@touch $@
 
 $(RUN)/sae.pt: acts/ready
-	$(PY) sae.py --n_latents 32768 --k 32 --resume --out $(RUN)
+	$(PY) sae.py --n_latents 8192 --k 32 --resume --out $(RUN)
 
 clean:
 	rm -rf acts runs .pytest_cache .hypothesis __pycache__

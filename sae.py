@@ -381,8 +381,7 @@ class Trainer:
         cfg, u = self.cfg, normalize(x.to(self.sae.W_dec))[0]
         self.recent = u[:8192].clone() if cfg.activation == "batchtopk" else None
         if (kind := cfg.activation) in DENSE_ACTIVATIONS:
-            l1 = cfg.l1 * (1 if kind == "relu" else min(1, (self.steps + 1) / self.warmup))
-            found = dense_losses(self.sae, u, self.c, kind, l1)
+            found = dense_losses(self.sae, u, self.c, kind, self.penalty(self.steps + 1))
         else:
             found = losses(self.sae, u, self.c, aux, cfg.multi_topk, kind == "batchtopk", self.prefixes)
         loss, nmse, e, values, indices = found
@@ -443,7 +442,14 @@ class Trainer:
 
     def inference(self, sae=None):
         """What is evaluated and saved of these weights, or of such as `averaged` gives."""
+        self.penalty(self.steps)
         return folded(sae or self.sae, self.cfg.activation, self.recent)
+
+    def penalty(self, steps):
+        """`--l1` after so many steps: it rises over a tenth of them, but for ReLU."""
+        rises = self.cfg.activation != "relu"
+        self.sae.lam = self.cfg.l1 * (min(1, max(1, steps) / self.warmup) if rises else 1)
+        return self.sae.lam
 
     def state(self):
         """A checkpoint, for `restore`: of the latents that are here."""
@@ -1374,7 +1380,7 @@ def extended(sae, cfg):
     for name, value in EXTRA.get(cfg.activation, {}).items():
         sae.register_parameter(name, nn.Parameter(torch.full_like(sae.b_enc, value)))
     if cfg.activation == "nelu":
-        sae.__class__, sae.lam = Pivotal, cfg.l1
+        sae.__class__, sae.lam = Pivotal, cfg.l1 / 100  # at first no latent is sure
     return sae
 
 def dense_losses(sae, u, c, activation, l1):
@@ -1657,7 +1663,8 @@ def resolve(cfg, d_model, tokens):
     require(steps > 0, f"{c.tokens:,} tokens are less than one batch of {c.batch:,}; "
             "lower --batch or give more activations")
     paper_lr = 1e-4 * math.sqrt(32768 / c.n_latents)
-    c.lr = c.lr or max(paper_lr, min(4e-3, paper_lr * 40_000 / steps))
+    short = 4e-3 * (2048 / c.n_latents) ** 0.25 * (1000 / steps) ** 0.5
+    c.lr = c.lr or max(paper_lr, min(short, paper_lr * 40_000 / steps))
     due = max(c.tokens // 100, 40 * c.n_latents // c.k, c.batch)  # 40 times a latent's mean wait
     c.dead_tokens = c.dead_tokens or min(10_000_000, due)
     most = max(2, d_model // 2 if c.dead_tokens >= 10_000_000 else min(c.k, d_model // 2))
