@@ -5,6 +5,7 @@
     python evals.py 8.pt --model gpt2 --layer 8 --all   # one of OpenAI's released autoencoders
     python evals.py FOLDER --acts mine.npy --all        # SAELens', sparsify's, ... on given rows
     python evals.py --fit runs/*                        # scaling laws through many runs
+    python evals.py --compare runs/*                    # a table of them, by activation function
     python evals.py runs/n32768_k32 --report            # report.html: all latents, in a browser
     python evals.py runs/n2048_k32 runs/n8192_k32       # several, and their paired differences
 
@@ -351,7 +352,8 @@ def positions(sae, x, document=None):
 def compute_equivalent(curve, delta_ce):
     """The share of the model's training compute at which its own loss was `delta_ce` nats above its
     final one: (share, how); None and why where the curve, a list of {"flops", "loss"}, does not
-    reach. Too high where the curve is of one run whose learning rate decays, as `stdlib`'s is."""
+    reach. Its points must be finished models, as `stdlib`'s are (`harvest.fit_lm`): along one run
+    whose rate decays to the end it reads too high. Interpolated in log FLOPs, which is our way."""
     if not curve:
         return None, "no loss-against-compute curve for this model"
     if delta_ce <= 0:
@@ -1817,29 +1819,37 @@ COMPARED = {  # what --compare shows: metric, key
     "N2G precision": ("n2g", "precision"), "refined / original": ("refinement", "ratio")}
 
 def frontier(runs):
-    """What is known of several autoencoders -> rows: run, activation, COMPARED. Raises UserError
-    where they were evaluated on different texts."""
+    """What is known of several autoencoders -> rows: run, activation, its settings but for the
+    seed, COMPARED. Raises UserError where they were evaluated on different texts."""
     rows, texts = [], set()
     for run in runs:
         sae, _, out = load(run, "cpu")
         known = harvest.read_json(out)
         texts |= {known["settings"]["text"]} if "settings" in known else set()
-        config = sae.meta.get("config", {})
+        config = {n: v for n, v in sae.meta.get("config", {}).items() if n not in ("seed", "out")}
         kind = config.get("activation") or activation_name(sae).split()[0]
         found = {label: known.get(name, {}).get(key) for label, (name, key) in COMPARED.items()}
-        rows.append({"run": str(run), "activation": kind, "n": sae.n_latents} | found)
+        settings = json.dumps(config) if config else str(run)
+        rows.append({"run": str(run), "activation": kind, "settings": settings} | found)
     if len(texts) > 1:
         raise UserError("these were evaluated on different texts; give all the same --acts or"
                         " --model, --text, --tokens")
     return rows
 
 def show_frontier(rows):
-    """The rows of `frontier` as a table, by activation and L0."""
-    print(f"{'activation':<12}{'n':>8}" + "".join(f"{label:>19}" for label in COMPARED) + "  run")
-    for row in sorted(rows, key=lambda r: (r["activation"], r["L0"] or 0)):
-        values = (row[label] for label in COMPARED)
-        cells = "".join(f"{'-' if v is None else f'{v:.4f}':>19}" for v in values)
-        print(f"{row['activation']:<12}{row['n']:>8}{cells}  {row['run']}")
+    """The rows of `frontier` as a table; of runs that differ in their seed only the means, and
+    their standard errors."""
+    print(f"{'activation':<11}" + "".join(f"{label:>19}" for label in COMPARED) + "  run")
+    for _, group in itertools.groupby(sorted(rows, key=lambda r: (r["activation"], r["settings"])),
+                                      lambda r: r["settings"]):
+        group, cells = list(group), ""
+        for label in COMPARED:
+            known = [row[label] for row in group if row[label] is not None]
+            found = means(it=known) if known else {"it": math.nan, "it_se": math.nan}
+            error = f" ± {found['it_se']:.4f}" if len(known) > 1 else ""
+            cells += f"{found['it']:.4f}{error}".rjust(19)
+        seeds = f", {len(group)} seeds" if len(group) > 1 else ""
+        print(f"{group[0]['activation']:<11}{cells}  {group[0]['run']}{seeds}")
 
 OPTIONS = [  # name, type, help
     ("all", bool, "every metric, not only the quick ones"),

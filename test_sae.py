@@ -4210,6 +4210,16 @@ def test_every_activation_from_the_command_line(tmp_path, capsys, acts_dir):
         evals.frontier(runs)
 
 
+def test_runs_of_several_seeds_are_a_line_of_the_comparison(capsys):
+    row = lambda x, name: dict.fromkeys(evals.COMPARED, x) | {
+        "run": name, "activation": "gated", "settings": name[0]}
+    evals.show_frontier([row(1.0, "a0"), row(3.0, "a1"), row(5.0, "b0"), row(None, "c0")])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 3 and lines[0].count("2.0000 ± 1.0000") == len(evals.COMPARED)
+    assert lines[0].endswith("a0, 2 seeds") and "±" not in lines[1] and lines[1].endswith("b0")
+    assert "nan" in lines[2]
+
+
 @pytest.mark.parametrize("kind", ["relu", "gated"])
 def test_the_penalty_is_warmed_up(tmp_path, kind, monkeypatch):
     """At first all latents are active: but for ReLU, it rises over a tenth of the steps."""
