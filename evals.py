@@ -218,7 +218,8 @@ def reconstruction(sae, x, code=None, document=None):
     return estimates(**found) | {"tokens": math.prod(x.shape[:-1])}
 
 @metric(lambda c: denoise(c.sae, c.val[: c.few], document=c.document), rows=[
-    ("nmse", "NMSE against the clean input, noise {}"), ("agreement", "its active set, noise {}", "")])
+    ("nmse", "NMSE against the clean input, noise {}"),
+    ("agreement", "share of its active set, noise {}")])
 def denoise(sae, x, at=(0.1, 0.3, 1.0), document=None, seed=0):
     """Gaussian noise on x (contexts, T, d), its norm `at` times that of the (centred) input: nmse
     against the clean input, and agreement, active latents in both over those in either (means over
@@ -240,8 +241,9 @@ def denoise(sae, x, at=(0.1, 0.3, 1.0), document=None, seed=0):
         error, shared = torch.cat(parts).view(*x.shape[:2], 2).mean(1).T
         found.append(estimates(nmse=leave_one_out(document, error, distances),
                                agreement=leave_one_out(document, shared)))
+    out = {"at": list(at), "tokens": len(x) * x.shape[1]}
     keys = "nmse", "nmse_se", "agreement", "agreement_se"
-    return {"at": list(at), "tokens": len(x) * x.shape[1]} | {k: [f[k] for f in found] for k in keys}
+    return out | {key: [result[key] for result in found] for key in keys}
 
 @metric(lambda c: memorization(c.sae, *c.trained_and_kept), quick=True, needs=("trained_on",),
     rows=[("nmse_train", "NMSE, contexts trained on"),
@@ -553,7 +555,8 @@ def fixed_threshold(sae, site, tokens, train, x, document=None):
     the held-out x (both (contexts, T, d)), ΔCE on tokens (C, T). Raises UserError where k = n.
     document: as in `test_time_k`."""
     if sae.k == sae.n_latents:
-        raise UserError(f"a {activation_name(sae)} autoencoder has no k to calibrate a threshold for")
+        kind = activation_name(sae)
+        raise UserError(f"a {kind} autoencoder has no k to calibrate a threshold for")
     theta = calibrate_threshold(sae, train)
     encoders = {"theta": thresholded(sae, sae.W_enc, sae.b_enc, theta).encode}
     found = other_codes(sae, site, tokens, x, encoders, "fixed threshold", document)
@@ -1280,8 +1283,9 @@ def read_runs(paths):
         meta = own.get("meta", {})
         config = meta.get("config", {})
         score = min(meta.get("nmse", {}).values(), default=math.nan)
-        other = config.get("l1") or config.get("activation", "topk") != "topk"
-        if other or config.get("multi_topk") or not math.isfinite(score):
+        other = config.get("activation", "topk") != "topk" or any(
+            config.get(name) for name in ("l1", "multi_topk", "prefixes"))
+        if other or not math.isfinite(score):
             why = "not a plain TopK run" if math.isfinite(score) else "has no held-out NMSE"
             print(f"  {path}: {why}, left out", file=sys.stderr)
             continue
@@ -1855,7 +1859,7 @@ OPTIONS = [  # name, type, help
     ("all", bool, "every metric, not only the quick ones"),
     ("only", str, f"just these, separated by commas: {','.join(METRICS)}"),
     ("fit", bool, "fit the scaling laws through the runs, and nothing else"),
-    ("compare", bool, "a table of the runs, by activation function; with --report the frontier too"),
+    ("compare", bool, "a table of the runs, by activation function; --report: the frontier too"),
     ("probes", str, 'folder of NAME.jsonl, lines {"text": ..., "label": 0|1} (default: built-in)'),
     ("acts", str, "a harvest, or .npy, .npz, .pt, .safetensors, or a folder of such (default: those"
      " it was trained on, else text is run)"),

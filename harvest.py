@@ -520,7 +520,8 @@ def load_model(name_or_path="auto", device="cpu", needs_text=False):
     """-> (GPT2 in eval mode without gradients, tiktoken.Encoding). Raises UserError with a remedy.
 
     name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl (weights fetched once into cache/),
-    `stdlib` (trained once, cached; `stdlib-64`, `-256`, ...: of another width), a file or folder of weights (Hugging Face's GPT-2, nanoGPT's),
+    `stdlib` (trained once, cached; `stdlib-64`, `stdlib-256`, ...: of another width), a file or
+    folder of weights (Hugging Face's GPT-2, nanoGPT's),
     or `auto`: gpt2 if its weights, and where `needs_text` its text, are cached or can be
     downloaded, else stdlib; says which. A config.json beside weights is honoured or refused."""
     if name_or_path == "auto":
@@ -1479,8 +1480,9 @@ def main(argv=None):
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     add = p.add_argument
     # fmt: off
-    add("--model", default="auto", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, a file or "
-        "folder of weights, or auto (default): gpt2 if it can be had, else stdlib")
+    add("--model", default="auto", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib (stdlib-"
+        "64, stdlib-256, ...: in another width than 128), a file or folder of weights, or auto "
+        "(default): gpt2 if it can be had, else stdlib")
     add("--layer", type=int, help="0-based block; default: two thirds up (8 of 12, 2 of 4)")
     add("--site", default=SITES[3], help=f"one of {', '.join(SITES)}; default: {SITES[3]}")
     add("--tokens", type=int, help="training tokens, 0 for the whole text; default: the whole text "

@@ -383,7 +383,8 @@ class Trainer:
         if (kind := cfg.activation) in DENSE_ACTIVATIONS:
             found = dense_losses(self.sae, u, self.c, kind, self.penalty(self.steps + 1))
         else:
-            found = losses(self.sae, u, self.c, aux, cfg.multi_topk, kind == "batchtopk", self.prefixes)
+            wide = cfg.multi_topk, kind == "batchtopk", self.prefixes
+            found = losses(self.sae, u, self.c, aux, *wide)
         loss, nmse, e, values, indices = found
         fires, mean = values > 0, e.mean(0)
         fired.scatter_reduce_(0, indices.flatten(), fires.flatten().long(), "amax")
@@ -1154,7 +1155,8 @@ def restore(saved, cfg, mesh=ALONE, source="the checkpoint"):
             "acts", "model", "text", "layer", "site", "ctx")  # which `identity` looks at
     mine = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
     said, remedy = "was made with another configuration", "use those values or another --out"
-    there = {"activation": "relu" if saved[0]["config"]["l1"] else "topk"} | saved[0]["config"]
+    there = {"activation": "relu" if saved[0]["config"]["l1"] else "topk", "prefixes": ""}
+    there |= saved[0]["config"]
     agree(there, mine, f"{source} {said}", remedy)
     own = mesh.part(cfg.n_latents)
     def rows(name):  # of what the shards, equally large, hold between them
@@ -1521,7 +1523,8 @@ def assemble(cls, tensors, kind, cfg, source):
 def to_saelens(sae, folder):
     """Write cfg.json and sae_weights.safetensors as SAELens 6 reads them (so TransformerLens,
     SAEBench, SAEDashboard). Its `layer_norm` is our normalisation but for an epsilon of 1e-5 and
-    its norm, s = sqrt(d - 1), as of its codes. Raises ValueError for a folder that is not empty, and for NeLU."""
+    its norm, s = sqrt(d - 1), as of its codes. Raises ValueError for a folder that is not empty,
+    and for NeLU."""
     weights, config = Path(folder) / FOREIGN[0], Path(folder) / "cfg.json"
     require(not isinstance(sae, Pivotal), "SAELens has no NeLU")
     require(not any(Path(folder).glob("*")), f"{folder} is not empty; choose another folder")
@@ -1594,12 +1597,13 @@ class Config:
     tokens: int = option(0, "training tokens, over epochs; a finished run goes on to more",
                          "all of --acts once; 400 M streamed")
     batch: int = option(0, "tokens a step", "tokens / 2000, a power of 2 in 1024 ... 131,072")
-    lr: float = option(0.0, "Adam's, constant", "1e-4 sqrt(32768 / n), more in short runs")
-    k_aux: int = option(0, "dead latents used by AuxK", "d/2, in short runs k if that is less, down "
-                        "to a power of two")
+    lr: float = option(0.0, "Adam's, constant", "1e-4 sqrt(32768 / n), more in short runs: "
+                       "4e-3 (2048 / n)^(1/4) (1000 / steps)^(1/2)")
+    k_aux: int = option(0, "dead latents used by AuxK", "d/2, in short runs k if that is less, as "
+                        "a power of two")
     aux_coef: float = option(1 / 32, "weight of AuxK; 0 turns it off")
-    dead_tokens: int = option(0, "silence after which a latent is dead", "40 n / k, or tokens / 100 "
-                              "if that is more, up to 10 M")
+    dead_tokens: int = option(0, "silence after which a latent is dead", "40 n / k, or tokens / "
+                              "100 if that is more, up to 10 M")
     ema: float = option(0.0, "decay of the weights' average", "0.999, less in short runs")
     clip: float = option(0.0, "clip the gradient norm; 0: not, as the paper on GPT-2 small")
     accumulate: int = option(1, "parts in which a batch is worked through, to save memory")
