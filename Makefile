@@ -42,7 +42,7 @@ acts/ready: .venv/ready
 	@touch $@
 
 $(RUN)/sae.pt: acts/ready
-	$(PY) sae.py --n_latents 8192 --k 32 --resume --out $(RUN)
+	$(PY) sae.py --n_latents 8192 --k 32 --lr 2e-3 --resume --out $(RUN)
 
 clean:
 	rm -rf acts runs .pytest_cache .hypothesis __pycache__
