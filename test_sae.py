@@ -939,6 +939,12 @@ def test_resume_refuses_other_data_and_damaged_checkpoints(tmp_path):
     cfg = dataclasses.replace(cfg, resume=True)
     with pytest.raises(ValueError, match="other activations .layer: 1 there, 2 now.; give those"):
         S.train(cfg, planted_batches, planted(100), {"layer": 2})
+    for file in Path(cfg.out).glob("checkpoint*/*.pt"):  # of a build that knew neither
+        saved = torch.load(file, weights_only=True)
+        saved["config"] = {n: v for n, v in saved["config"].items()
+                           if n not in ("activation", "prefixes")}
+        torch.save(saved, file)
+    S.train(cfg, planted_batches, planted(100), {"layer": 1})
     t = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="width 17, the autoencoder 16"):
         t.step(torch.zeros(3, 17))
@@ -2188,6 +2194,8 @@ def test_positions_and_dense_latents_by_hand():
     found = evals.dense_latents(m, grows, top=1)["densest"][0]
     assert found["rank_position"] == pytest.approx(1) and found["position"] < 0.8
     assert found["antipodality"] == pytest.approx(1)
+    found = {r["latent"]: r for r in evals.dense_latents(m, grows, top=3)["densest"]}
+    assert found[2]["antipodality"] == pytest.approx(0, abs=1e-6)  # it has no opposite
     assert evals.ranks(torch.tensor([[3.0], [1], [3], [2]]))[:, 0].tolist() == [3.5, 1, 3.5, 2]
 
 
@@ -2615,13 +2623,13 @@ def test_ablation_sparsity_against_a_loop(model_file, acts_dir):
     u, _, norm = S.normalize(act)
     values, indices = m.encode(u[None])
 
-    def share(minus, T):
+    def share(minus, T, at=0):
         def edit(a):
             a = a.clone()
-            a[0, 0] -= minus
+            a[0, at] -= minus
             return a
 
-        delta = (model(row, *SITE, edit) - model(row))[0, :T].detach().numpy().astype(np.float64)
+        delta = (model(row, *SITE, edit) - model(row))[0, at : at + T].detach().double().numpy()
         delta -= np.sort(delta, 1)[:, (delta.shape[1] - 1) // 2][:, None]
         return np.abs(delta).sum() ** 2 / (delta**2).sum() / delta.size
 
@@ -2630,6 +2638,11 @@ def test_ablation_sparsity_against_a_loop(model_file, acts_dir):
     mean = lambda effects, T: pytest.approx(np.mean([share(c, T) for c in effects]), rel=1e-3)
     assert r["latents"] == mean(latents, 6) and r["ablations"] == 3 * len(latents)
     assert r["latents_first"] == r["latents_middle"] == r["latents"]  # there is but one place
+    r2 = evals.ablation_sparsity(m, evals.Site(model, *SITE), row, T=2, samples=1, directions=16)
+    for at, name in ((0, "channels_first"), (2, "channels_middle")):
+        act = model.acts(row, *SITE)[0, at]
+        shares = [share(act * (torch.arange(16) == i), 2, at) for i in range(16)]
+        assert r2[name] == pytest.approx(np.mean(shares), rel=1e-3)
     assert r["channels"] == mean(channels, 6) and r["channels_here"] == mean(channels, 1)
 
 
@@ -4208,6 +4221,13 @@ def test_every_activation_from_the_command_line(tmp_path, capsys, acts_dir):
     evals.main([runs[0], "--only", "reconstruction", "--tokens", "64", *CPU])
     with pytest.raises(harvest.UserError, match="different texts"):
         evals.frontier(runs)
+
+
+def test_nelu_begins_where_some_latent_is_active(tmp_path):
+    """With its lambda from the start no latent of a random dictionary would be."""
+    m = S.train(tiny_config(tmp_path, activation="nelu", l1=0.35), planted_batches, planted(200))
+    assert all(p.isfinite().all() for p in m.parameters()) and m.lam == 0.35
+    assert S.nmse(m, planted(200)) < 1 and (m.encode(m.unit(planted(200))[0])[0] > 0).any()
 
 
 def test_runs_of_several_seeds_are_a_line_of_the_comparison(capsys):
