@@ -4221,6 +4221,11 @@ def test_every_activation_from_the_command_line(tmp_path, capsys, acts_dir):
     evals.main([runs[0], "--only", "reconstruction", "--tokens", "64", *CPU])
     with pytest.raises(harvest.UserError, match="different texts"):
         evals.frontier(runs)
+    nested = tmp_path / "nested"
+    S.main([str(x) for x in [*TINY, "--prefixes", "8", "--acts", acts_dir, "--out", nested]])
+    assert "prefixes" not in S.default_out(S.Config()) and (nested / "sae.pt").exists()
+    with pytest.raises(harvest.UserError, match="no finished TopK run"):  # of another loss
+        evals.read_runs((str(nested),))
 
 
 def test_nelu_begins_where_some_latent_is_active(tmp_path):
