@@ -1836,7 +1836,7 @@ def test_auto_says_why_it_takes_the_embedded_model(model_file, monkeypatch, caps
     (cache / name).write_bytes(model_file.read_bytes())
     model, _ = harvest.load_model("auto")
     assert model.name == "stdlib" and "no network" in capsys.readouterr().err
-    for name, why in (("stdlib-33", "multiple of 32"), ("stdlib-0", "multiple of 32"),
+    for name, why in (("stdlib-48", "multiple of 32"), ("stdlib-0", "multiple of 32"),
                       ("stdlib-2048", "at most 1024"), ("stdlib-x", "no weights at")):
         with pytest.raises(harvest.UserError, match=why):
             harvest.load_model(name)
