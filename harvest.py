@@ -876,7 +876,7 @@ def train_stdlib(path, device="cpu", n_vocab=4096, n_layer=4, d_model=128, n_hea
                  batch=32, length=64, text="stdlib"):  # fmt: skip
     """Train the embedded language model and save {config, state, merges, curve, losses} at `path`.
     `curve`: held-out loss against FLOPs, for the compute-equivalent metric (paper section 4.1)."""
-    say("training the embedded language model (some minutes on two cores; cached afterwards)")
+    say("training the embedded language model (minutes on two cores; cached afterwards)")
     start = time.time()
     docs = list(documents(text))
     merges = learn_bpe([doc for i, doc in enumerate(docs) if not is_val(i)], n_vocab - 257)
