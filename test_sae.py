@@ -4121,7 +4121,7 @@ def test_prefixes_keep_parents_from_being_absorbed():
 
     absorbed = []
     for prefixes in ("", "8"):
-        m = planted_run("batchtopk", 0.0, make, 600, n=40, k=2, prefixes=prefixes)
+        m = planted_run("batchtopk", 0.0, make, 400, n=40, k=2, prefixes=prefixes)
         x, parents, children = make(2048, gen(5), True)
         on = to_dense(*m.encode(S.normalize(x)[0]), 40) > 0
         nearest = (F.normalize(m.W_dec, dim=1) @ ATOMS[:8].T).argmax(0)
