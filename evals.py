@@ -224,23 +224,24 @@ def denoise(sae, x, at=(0.1, 0.3, 1.0), document=None, seed=0):
     """Gaussian noise on x (contexts, T, d), its norm `at` times that of the (centred) input: nmse
     against the clean input, and agreement, active latents in both over those in either (means over
     tokens): lists. document: as in `leave_one_out`."""
-    found, distances = [], spread(x, sae.unit).mean(1)
-    for sigma in at:
-        gen, parts = torch.Generator().manual_seed(seed), []
-        for part in x.flatten(0, -2).split(CHUNK):
-            u, mean, norm = sae.unit(part)
-            noise = torch.randn(part.shape, generator=gen).to(u) * part.shape[1] ** -0.5
-            noisy, there, length = sae.unit(part.to(u) + sigma * noise * normalize(part.to(u))[2])
-            (values, indices), clean = sae.encode(noisy), sae.encode(u)
-            back = (sae.decode(values, indices) * length + there - mean) / norm
-            active = [i.where(z > 0, -1) for z, i in (clean, (values, indices))]
-            row = torch.cat(active, 1).sort(1).values
+    gen, parts, distances = torch.Generator().manual_seed(seed), [], spread(x, sae.unit).mean(1)
+    active = lambda values, indices: indices.where(values > 0, -1)
+    for part in x.flatten(0, -2).split(CHUNK):
+        u, mean, norm = sae.unit(part)
+        clean, part = active(*sae.encode(u)), part.to(u)
+        noise = torch.randn(part.shape, generator=gen).to(u) * part.shape[1] ** -0.5
+        for sigma in at:
+            noisy, its_mean, its_norm = sae.unit(part + sigma * noise * normalize(part)[2])
+            code = sae.encode(noisy)
+            back = (sae.decode(*code) * its_norm + its_mean - mean) / (norm + (norm == 0))
+            row = torch.cat([clean, active(*code)], 1).sort(1).values
             both = ((row[:, 1:] == row[:, :-1]) & (row[:, 1:] >= 0)).sum(1)
             shared = both / ((row >= 0).sum(1) - both).clamp_min(1)
-            parts.append(torch.stack([(u - back).square().sum(1), shared], 1).double())
-        error, shared = torch.cat(parts).view(*x.shape[:2], 2).mean(1).T
-        found.append(estimates(nmse=leave_one_out(document, error, distances),
-                               agreement=leave_one_out(document, shared)))
+            parts.append(torch.stack([(u - back).square().sum(1), shared]).double())  # (2, B)
+    by_sigma = [torch.cat(parts[i :: len(at)], 1) for i in range(len(at))]  # (2, contexts T) each
+    of = partial(leave_one_out, document)
+    found = [estimates(nmse=of(error, distances), agreement=of(shared))
+             for error, shared in (pair.view(2, *x.shape[:2]).mean(2) for pair in by_sigma)]
     out = {"at": list(at), "tokens": len(x) * x.shape[1]}
     keys = "nmse", "nmse_se", "agreement", "agreement_se"
     return out | {key: [result[key] for result in found] for key in keys}
@@ -315,19 +316,20 @@ def dense_latents(sae, x, tokens=None, top=10):
     of = lambda values, indices: torch.stack([(values * (indices == i)).sum(1) for i in latents], 1)
     z = torch.cat([of(*code) for _, *code in codes(sae, x)]).double().cpu()  # (C T, top)
     at = torch.arange(T).expand(C, T)
-    facts = {"position": at, "rank_position": at, "first_token": at == 0} if T > 1 else {}
+    facts = {"position": at, "first_token": at == 0} if T > 1 else {}
     if tokens is not None:
         facts["repetition"] = (tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(2).cpu()
     score = lambda v: (v - v.mean(0)) / v.std(0).clamp_min(1e-12)
+    correlation = lambda z, v: (score(z).T @ score(v) / (len(z) - 1))[:, 0].tolist()
+    column = lambda fact: fact.reshape(-1, 1).double()
     cosines = [F.normalize(W[latents], dim=1) @ F.normalize(W, dim=1).T
                for W in (sae.W_enc, sae.W_dec)]  # (top, n) each
     others = torch.arange(sae.n_latents).to(latents) != latents[:, None]
     pairs = (cosines[0] * cosines[1]).where(others, -1.0).amax(1)
     found = {"latent": latents.tolist(), "density": share[latents].tolist(),
              "antipodality": pairs.tolist()}
-    for name, fact in facts.items():
-        of, fact = (ranks(z), ranks(fact.reshape(-1, 1))[:, 0]) if "rank" in name else (z, fact)
-        found[name] = (score(of).T @ score(fact.flatten().double()) / (len(z) - 1)).tolist()
+    found |= {name: correlation(z, column(fact)) for name, fact in facts.items()}
+    found |= {"rank_position": correlation(ranks(z), ranks(column(at)))} if T > 1 else {}
     return {"densest": [dict(zip(found, row)) for row in zip(*found.values())], "tokens": len(z)}
 
 @metric(lambda c: positions(c.sae, c.val, c.document), quick=True, needs=("contexts",),
@@ -758,9 +760,9 @@ def text_tasks(sae, site, encoding, tasks, length=64, batch=256):
     tokens, in contexts of `length` (the mean pre-activation is that of the mean input); those of
     tasks called phrase_... stand at the last token."""
     for name, (texts, labels) in tasks.items():
-        rows = []
+        rows, at_the_end = [], name.startswith("phrase_")
         for i, ids in enumerate(encoding.encode_ordinary_batch(texts)):
-            ids = ids[-length:] if name.startswith("phrase_") else ids
+            ids = ids[-length:] if at_the_end else ids
             rows += [(i, ids[j : j + length]) for j in range(0, len(ids), length)]
         rows.sort(key=lambda row: len(row[1]))
         widths = [sae.d_model, sae.d_model, 1]
@@ -769,7 +771,7 @@ def text_tasks(sae, site, encoding, tasks, length=64, batch=256):
             owners, ids = zip(*rows[part])
             tokens, lengths = pad_right(ids)
             at, lengths = torch.arange(tokens.shape[1])[None], lengths[:, None]
-            here = (at == lengths - 1) if name.startswith("phrase_") else at < lengths
+            here = at == lengths - 1 if at_the_end else at < lengths
             acts = site.acts(tokens).to(sums)[here.to(sums.device)]
             owner = torch.tensor(owners).repeat_interleave(here.sum(1)).to(sums.device)
             more = torch.cat([acts, sae.unit(acts)[0], torch.ones_like(acts[:, :1])], 1)
@@ -1511,8 +1513,9 @@ def write_report(path, page):
     with harvest.atomic(path) as f:
         f.write(text.replace("/*DATA*/", data).encode())
 
-def make_report(case, results, runs):
-    """Everything known: results, curves, latents, the law through several runs. -> its path"""
+def make_report(case, results, runs, rows=()):
+    """Everything known: results, curves, latents, the law through several runs, rows of `frontier`.
+    -> its path"""
     tokens = torch.cat([case.val_tokens, case.more_tokens])
     page = report(case.sae, case.site, tokens, torch.cat([case.val, case.more]), case.encoding,
                   case.a.latents, len(case.val) if case.train else None,
@@ -1521,7 +1524,7 @@ def make_report(case, results, runs):
     curves = ("tokens", "nmse", "val_nmse", "dead", "l0", "tokens_per_s")
     page |= {"about": results["about"], "metrics": [], "tasks": [], "dense": [], "plots": {},
              "curves": {name: [line.get(name) for line in lines] for name in curves},
-             "runs": [], "frontier": [], "compared": [*COMPARED], "n2g": {}, "patterns": {}}
+             "runs": [], "frontier": rows, "compared": [*COMPARED], "n2g": {}, "patterns": {}}
     for name in [name for name in METRICS if name in results]:
         for key, value in METRICS[name].page(results[name]).items():
             page[key] = page[key] | value if key == "plots" else value
@@ -1530,7 +1533,6 @@ def make_report(case, results, runs):
             page["metrics"].append([label, value, error, why if value is None else unit, size])
     if len(runs) > 1:
         try:
-            page["frontier"] = frontier(runs)
             page["runs"] = [pick(run, *BRIEF) for run in read_runs(tuple(runs))]
             for run, loss in zip(page["runs"], fit_scaling_law(page["runs"])["fitted"]):
                 run["law"] = loss
@@ -1762,9 +1764,9 @@ def table(name, result):
         lines.append(f"  {label:<40}{value}{error:<10} {unit:<14} {count:>9} {of}".rstrip())
     return lines + METRICS[name].notes(result)
 
-def evaluate(run, wanted, a, page=False):
+def evaluate(run, wanted, a, page=None):
     """Compute, print and keep the metrics `wanted` of one autoencoder -> all that is known of it.
-    a: the command line. page: write its report too."""
+    a: the command line. page: write its report too, with these rows of `frontier`."""
     began = time.time()
     case = Case(run, a)
     out = case.out
@@ -1789,8 +1791,8 @@ def evaluate(run, wanted, a, page=False):
             keep(out, fresh, case)
     if a.json and wanted:
         print(json.dumps(results, indent=1))
-    if page:
-        out = make_report(case, results, a.runs)
+    if page is not None:
+        out = make_report(case, results, a.runs, page)
     print(f"{time.time() - began:.0f} s; written to {out}", file=sys.stderr)
     return results
 
@@ -1798,7 +1800,8 @@ def known(case):
     """What is kept of an autoencoder, as it is now, on these data."""
     results = harvest.read_json(case.out)
     same = results.get("settings") == case.settings
-    return results if same else {"about": case.about, "settings": case.settings}
+    said = results if same else {"about": case.about, "settings": case.settings}
+    return said | {"activation": activation_name(case.sae)}
 
 def differences(a, b, wanted):
     """Lines of the table: b less a, of two results on the same text, and the standard error of the
@@ -1822,20 +1825,17 @@ COMPARED = {  # what --compare shows: metric, key
     "probe loss": ("probes", "held_out"), "N2G recall": ("n2g", "recall"),
     "N2G precision": ("n2g", "precision"), "refined / original": ("refinement", "ratio")}
 
-def frontier(runs):
-    """What is known of several autoencoders -> rows: run, activation, its settings but for the
-    seed, COMPARED. Raises UserError where they were evaluated on different texts."""
-    rows, texts = [], set()
-    for run in runs:
-        sae, _, out = load(run, "cpu")
-        known = harvest.read_json(out)
-        texts |= {known["settings"]["text"]} if "settings" in known else set()
-        config = {n: v for n, v in sae.meta.get("config", {}).items() if n not in ("seed", "out")}
-        kind = config.get("activation") or activation_name(sae).split()[0]
+def frontier(results):
+    """{run: what is known of it} -> rows: run, activation, its settings but for those that change
+    only the draw or nothing, COMPARED. Raises UserError where they are of different texts."""
+    rows, free = [], ("seed", "out", "resume", "minutes", "device")
+    for run, known in results.items():
+        config = known["settings"]["trained"].get("config", {})
+        told = {name: value for name, value in config.items() if name not in free}
         found = {label: known.get(name, {}).get(key) for label, (name, key) in COMPARED.items()}
-        settings = json.dumps(config) if config else str(run)
-        rows.append({"run": str(run), "activation": kind, "settings": settings} | found)
-    if len(texts) > 1:
+        kind = config.get("activation") or known["activation"].split()[0]
+        rows.append({"run": run, "activation": kind, "settings": json.dumps(told or run)} | found)
+    if len({known["settings"]["text"] for known in results.values()}) > 1:
         raise UserError("these were evaluated on different texts; give all the same --acts or"
                         " --model, --text, --tokens")
     return rows
@@ -1902,7 +1902,7 @@ def main(argv=None):
     results = {}
     for run in a.runs:
         try:
-            results[run] = evaluate(run, wanted, a, a.report and len(a.runs) == 1)
+            results[run] = evaluate(run, wanted, a, [] if a.report and not a.compare else None)
         except ValueError as e:  # the other ones go on
             if len(a.runs) == 1:
                 raise
@@ -1911,10 +1911,12 @@ def main(argv=None):
     for run in others if not (a.json or a.compare) else ():
         print(f"{run} less {first}, paired by document")
         print("\n".join(differences(results[first], results[run], wanted)))
-    for run in results if a.report and len(a.runs) > 1 else ():  # now that all are known
-        evaluate(run, [], a, True)
     if a.compare:
-        show_frontier(frontier(results))
+        rows = frontier(results)
+        if not a.json:
+            show_frontier(rows)
+        for run in results if a.report else ():  # now that all are known
+            evaluate(run, [], a, rows)
     if len(results) < len(a.runs):
         raise UserError(f"{len(a.runs) - len(results)} of {len(a.runs)} could not be evaluated")
 

@@ -521,9 +521,9 @@ def load_model(name_or_path="auto", device="cpu", needs_text=False):
 
     name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl (weights fetched once into cache/),
     `stdlib` (trained once, cached; `stdlib-64`, `stdlib-256`, ...: of another width), a file or
-    folder of weights (Hugging Face's GPT-2, nanoGPT's),
-    or `auto`: gpt2 if its weights, and where `needs_text` its text, are cached or can be
-    downloaded, else stdlib; says which. A config.json beside weights is honoured or refused."""
+    folder of weights (Hugging Face's GPT-2, nanoGPT's), or `auto`: gpt2 if its weights, and where
+    `needs_text` its text, are cached or can be downloaded, else stdlib; says which. A config.json
+    beside weights is honoured or refused."""
     if name_or_path == "auto":
         try:
             found = load_model("gpt2", device)
@@ -1424,7 +1424,8 @@ def differs(meta, asked):
     def same(name, value):
         if name not in meta:
             return False
-        if name not in PATHS or value in (*PUBLISHED, "webtext", "-") or EMBEDDED(value):
+        known = value in (*PUBLISHED, "stdlib", "webtext", "-")
+        if name not in PATHS or known or name == "model" and EMBEDDED(value):
             return meta[name] == value
         content = text_sha256(value) if name == "text" else load_model(value)[0].sha256
         return meta[name + "_sha256"] == content

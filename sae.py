@@ -208,11 +208,11 @@ def load(cls, path, device="cpu"):
         raise ValueError(f"{path} is neither an autoencoder written by sae.py nor one of OpenAI's")
     try:
         own = saved["sae"]
-        sae = (Pivotal if "lam" in own else cls)(own["d_model"], own["n_latents"], own["k"])
-        sae.lam, sae = own.get("lam"), sae.to(saved["state"]["W_dec"].dtype)
+        sae = cls(own["d_model"], own["n_latents"], own["k"]).to(saved["state"]["W_dec"].dtype)
         sae.theta = torch.zeros_like(sae.b_enc).detach() if "theta" in saved["state"] else None
         sae.load_state_dict(saved["state"])
         sae.normalized, sae.meta = own["normalized"], dict(own["meta"])
+        sae = pivotal(sae, own["lam"]) if "lam" in own else sae
     except (KeyError, TypeError, RuntimeError, AttributeError) as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())
         raise ValueError(f"{path} is not whole ({why:.120})") from None
@@ -443,14 +443,12 @@ class Trainer:
 
     def inference(self, sae=None):
         """What is evaluated and saved of these weights, or of such as `averaged` gives."""
-        self.penalty(self.steps)
-        return folded(sae or self.sae, self.cfg.activation, self.recent)
+        lam = self.penalty(max(1, self.steps))
+        return folded(sae or self.sae, self.cfg.activation, self.recent, lam)
 
     def penalty(self, steps):
-        """`--l1` after so many steps: it rises over a tenth of them, but for ReLU."""
-        rises = self.cfg.activation != "relu"
-        self.sae.lam = self.cfg.l1 * (min(1, max(1, steps) / self.warmup) if rises else 1)
-        return self.sae.lam
+        """`--l1` in that step: it rises over a tenth of them, but for ReLU."""
+        return self.cfg.l1 * (1 if self.cfg.activation == "relu" else min(1, steps / self.warmup))
 
     def state(self):
         """A checkpoint, for `restore`: of the latents that are here."""
@@ -1298,15 +1296,15 @@ def batch_code(sae, u, *dead):
             return codes, cut
         width = min(2 * width, sae.n_latents)
 
-# Dense ones: of a = W_enc (u - b_pre), z; what `--l1` counts; and of `gated` a code that must
-# reconstruct u by itself, with the decoder as it is. All are (B, n).
+# Dense ones: of a = W_enc (u - b_pre) and `--l1`, z; what that counts; and of `gated` a code that
+# must reconstruct u by itself, with the decoder as it is. All are (B, n).
 
-def gated(sae, a):
+def gated(sae, a, l1):
     """Rajamanoharan et al. 2024a: b_enc opens the gate, which learns by reconstructing alone."""
     gate = F.relu(a + sae.b_enc)
     return (gate > 0) * F.relu(a * sae.r_mag.exp() + sae.b_mag), gate, gate
 
-def jumprelu(sae, a):
+def jumprelu(sae, a, l1):
     """Rajamanoharan et al. 2024b: z = a 1(a > cut), cut (n) learned; `--l1` counts L0."""
     sae.cut.data.clamp_(min=0)  # not in the graph: it must come back from 0
     a = a + sae.b_enc
@@ -1326,15 +1324,19 @@ def nelu(v, lam):
     return F.relu(v - lam * r) * on
 
 class Pivotal(Sparse):
-    """z = NeLU(W_enc (u - b_pre)): its threshold is of each input, so it stays as it is."""
-    lam = 0.0
-
+    """z = NeLU(W_enc (u - b_pre)), its threshold each input's own: no theta stands for it."""
     def pre_acts(self, u):
         return nelu(F.linear(u - self.b_pre, self.W_enc), self.lam)
 
     def encode(self, u, k=None):
         most = math.ceil(1 / self.lam**2)
         return SAE.encode(self, u, min(self.n_latents if k is None else k, most))
+
+def pivotal(sae, lam):
+    """The autoencoder, its weights shared, with NeLU in place of ReLU."""
+    own = copy.copy(sae)
+    own.__class__, own.lam = Pivotal, lam
+    return own
 
 class _ProLU(torch.autograd.Function):
     """Taggart 2024: z = a where a > 0 and a + b > 0. Neither gradient is the true one."""
@@ -1370,24 +1372,23 @@ class _Jump(torch.autograd.Function):
 
 alike = lambda z: (z, z, None)
 DENSE_ACTIVATIONS = {
-    "relu": lambda sae, a: alike(F.relu(a + sae.b_enc)),  # section 2.2
+    "relu": lambda sae, a, l1: alike(F.relu(a + sae.b_enc)),  # section 2.2
     "gated": gated, "jumprelu": jumprelu,
-    "prolu_relu": lambda sae, a: alike(_ProLU.apply(a, sae.b_enc, False)),
-    "prolu_ste": lambda sae, a: alike(_ProLU.apply(a, sae.b_enc, True)),
-    "nelu": lambda sae, a: (nelu(a + 0 * sae.b_enc, sae.lam), a[:, :0], None)}  # without a bias
+    "prolu_relu": lambda sae, a, l1: alike(_ProLU.apply(a, sae.b_enc, False)),
+    "prolu_ste": lambda sae, a, l1: alike(_ProLU.apply(a, sae.b_enc, True)),
+    "nelu": lambda sae, a, l1: (nelu(a + 0 * sae.b_enc, l1), a[:, :0], None)}  # without a bias
 EXTRA = {"gated": {"r_mag": 0.0, "b_mag": 0.0}, "jumprelu": {"cut": 0.001}}  # parameters (n)
 
 def extended(sae, cfg):
     """The autoencoder with the parameters that its activation function has beside the usual."""
     for name, value in EXTRA.get(cfg.activation, {}).items():
         sae.register_parameter(name, nn.Parameter(torch.full_like(sae.b_enc, value)))
-    if cfg.activation == "nelu":
-        sae.__class__, sae.lam = Pivotal, cfg.l1 / 100  # at first no latent is sure
     return sae
 
 def dense_losses(sae, u, c, activation, l1):
     """As `losses`, of another activation function: NMSE + l1 times what that counts."""
-    values, counted, alone = DENSE_ACTIVATIONS[activation](sae, F.linear(u - sae.b_pre, sae.W_enc))
+    a = F.linear(u - sae.b_pre, sae.W_enc)  # (B, d) @ (d, n) -> (B, n)
+    values, counted, alone = DENSE_ACTIVATIONS[activation](sae, a, l1)
     e = u - values @ sae.W_dec - sae.b_pre
     nmse, loss = e.square().mean() / c, l1 * counted.sum(1).mean()
     if alone is not None:
@@ -1410,9 +1411,12 @@ FOLDS = {  # what was trained -> W_enc, b_enc, theta
 FOLDS["prolu_ste"] = FOLDS["prolu_relu"]
 
 @torch.no_grad()
-def folded(sae, activation, u):
-    """What was trained as it is used: TopK or ReLU unchanged, the others with thresholds theta (n).
-    u (N, d): on these, BatchTopK's lets k latents a token through on average."""
+def folded(sae, activation, u, lam=0.0):
+    """What was trained as it is used: TopK or ReLU unchanged, NeLU with its lambda, the others with
+    thresholds theta (n). u (N, d): on these, BatchTopK's lets k latents a token through on
+    average."""
+    if activation == "nelu":
+        return pivotal(sae, lam)
     return thresholded(sae, *FOLDS[activation](sae, u)) if activation in FOLDS else sae
 
 @torch.no_grad()
@@ -1649,8 +1653,8 @@ def resolve(cfg, d_model, tokens):
     require(not c.multi_topk or c.activation == "topk" and not c.prefixes,
             "--multi_topk is of TopK alone")
     cuts = [0, *(int(n) if n.isdecimal() else 0 for n in c.prefixes.split(",") if c.prefixes)]
-    rising = all(a < b for a, b in zip(cuts, [*cuts[1:], c.n_latents])) or not c.prefixes
-    require(rising and not (dense and c.prefixes), f"--prefixes {c.prefixes}: rising numbers of "
+    rising = all(a < b for a, b in zip(cuts, [*cuts[1:], c.n_latents]))
+    require(not c.prefixes or rising and not dense, f"--prefixes {c.prefixes}: rising numbers of "
             f"latents below {c.n_latents}, such as 512,2048, of topk or batchtopk")
     if dense:
         c.k, c.aux_coef = c.n_latents, 0.0
