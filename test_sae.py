@@ -3949,6 +3949,8 @@ def test_every_recipe_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["lines"][-1]["nmse"] < 0.5 and names["lines"][-1]["step"] == 4 * len(x) // 512
     assert read_log("runs/recipe")[-1]["step"] == 4 * len(x) // 512 + 50  # went on
     assert harvest.Given("recipe.npy").meta["context"] == 40
+    cov, own = np.cov(np.load("gaussian.npy").T), np.cov(np.load("recipe.npy").reshape(-1, 32).T)
+    assert np.abs(cov - own).max() < 0.1 * np.abs(own).max()
     model, tokens, i = names["model"], names["tokens"], names["i"]
     clean = model(tokens[:4])
     # by hand: with the error kept an ablation takes z_i W_dec[i] away, and no more
