@@ -1835,13 +1835,13 @@ def test_auto_says_why_it_takes_the_embedded_model(model_file, monkeypatch, caps
     (cache / name).write_bytes(model_file.read_bytes())
     model, _ = harvest.load_model("auto")
     assert model.name == "stdlib" and "no network" in capsys.readouterr().err
+    made = []
+    monkeypatch.setattr(harvest, "train_stdlib", lambda path, device, **kw: (made.append(kw),
+                        Path(path).write_bytes(model_file.read_bytes())))
     for name, why in (("stdlib-48", "multiple of 32"), ("stdlib-0", "multiple of 32"),
                       ("stdlib-2048", "at most 1024"), ("stdlib-x", "no weights at")):
         with pytest.raises(harvest.UserError, match=why):
             harvest.load_model(name)
-    made = []
-    monkeypatch.setattr(harvest, "train_stdlib", lambda path, device, **kw: (made.append(kw),
-                        Path(path).write_bytes(model_file.read_bytes())))
     model, _ = harvest.load_model("stdlib-64")
     assert made == [{"d_model": 64, "n_head": 2}] and model.name == "stdlib-64"
     assert harvest.default_text(model) == "stdlib"
@@ -4215,15 +4215,14 @@ def test_every_activation_from_the_command_line(tmp_path, capsys, acts_dir):
     out = capsys.readouterr().out
     rows = [line.split() for line in out[out.index("activation ") :].splitlines()[1:]]
     assert [row[0] for row in rows] == ["batchtopk", "relu"] and rows[0][-1] == runs[0]
+    evals.main([runs[0], "--compare", "--json", *CPU])
+    assert json.loads(capsys.readouterr().out)["n2g"]  # and no table after it
     for run in runs:
         page, r = page_of(Path(run) / "report.html"), read_json(Path(run) / "evals.json")
         assert [row["activation"] for row in page["frontier"]] == ["batchtopk", "relu"]
         row = page["frontier"][runs.index(run)]
         found = {label: r[name][key] for label, (name, key) in evals.COMPARED.items()}
         assert {label: row[label] for label in evals.COMPARED} == found and found["NMSE"] > 0
-    evals.main([runs[0], "--only", "reconstruction", "--tokens", "64", *CPU])
-    with pytest.raises(harvest.UserError, match="different texts"):
-        evals.frontier({run: read_json(Path(run) / "evals.json") for run in runs})
     nested = tmp_path / "nested"
     S.main([str(x) for x in [*TINY, "--prefixes", "8", "--acts", acts_dir, "--out", nested]])
     with pytest.raises(harvest.UserError, match="no finished TopK run"):  # of another loss
@@ -4240,6 +4239,17 @@ def test_nelu_begins_where_some_latent_is_active(tmp_path):
 def test_runs_of_several_seeds_are_a_line_of_the_comparison(capsys):
     row = lambda x, name: dict.fromkeys(evals.COMPARED, x) | {
         "run": name, "activation": "gated", "settings": name[0]}
+    config = {"activation": "gated", "l1": 0.1, "seed": 0, "resume": False, "out": "a"}
+    known = {name: {"activation": "JumpReLU", "settings": {
+        "text": "t", "trained": {"config": config | more}}} for name, more in (
+        ("a", {}), ("b", {"seed": 1, "resume": True, "out": "b"}), ("c", {"l1": 0.2}))}
+    known["d"] = {"activation": "TopK k = 3", "settings": {"text": "t", "trained": {}}}
+    a, b, c, d = evals.frontier(known)
+    assert a["settings"] == b["settings"] != c["settings"] and a["activation"] == "gated"
+    assert d["activation"] == "TopK" and d["NMSE"] is None
+    known["d"]["settings"]["text"] = "another"
+    with pytest.raises(harvest.UserError, match="different texts"):
+        evals.frontier(known)
     evals.show_frontier([row(1.0, "a0"), row(3.0, "a1"), row(5.0, "b0"), row(None, "c0")])
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == 3 and lines[0].count("2.0000 ± 1.0000") == len(evals.COMPARED)
