@@ -1424,8 +1424,7 @@ def differs(meta, asked):
     def same(name, value):
         if name not in meta:
             return False
-        known = value in (*PUBLISHED, "stdlib", "webtext", "-")
-        if name not in PATHS or known or name == "model" and EMBEDDED(value):
+        if name not in PATHS or value in (*PUBLISHED, "stdlib", "webtext", "-"):
             return meta[name] == value
         content = text_sha256(value) if name == "text" else load_model(value)[0].sha256
         return meta[name + "_sha256"] == content

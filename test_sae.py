@@ -4215,7 +4215,7 @@ def test_every_activation_from_the_command_line(tmp_path, capsys, acts_dir):
     out = capsys.readouterr().out
     rows = [line.split() for line in out[out.index("activation ") :].splitlines()[1:]]
     assert [row[0] for row in rows] == ["batchtopk", "relu"] and rows[0][-1] == runs[0]
-    evals.main([runs[0], "--compare", "--json", *CPU])
+    evals.main([runs[0], "--compare", "--json", *CPU, "--latents", "8"])
     assert json.loads(capsys.readouterr().out)["n2g"]  # and no table after it
     for run in runs:
         page, r = page_of(Path(run) / "report.html"), read_json(Path(run) / "evals.json")
@@ -4944,10 +4944,20 @@ def test_the_bench_compares_with_peers_that_are_there(acts_dir, capsys, monkeypa
     monkeypatch.setitem(PEERS, "numpy", idle)
     bench_main([*TINY_BENCH, "--peers", "--json"])
     assert json.loads(capsys.readouterr().out)["ours_over_theirs"]["numpy, fp32"] > 0
+    def better_by_rate(cfg, d):
+        m = S.SAE(d, cfg.n_latents, cfg.k)
+        m.b_pre.data += 1 - 100 * cfg.lr
+        return lambda x, bf16=False: 0.0, m
+
+    monkeypatch.setitem(PEERS, "numpy", better_by_rate)
     quality = ["--quality", "--acts", str(acts_dir), "--tokens", "640", "--json"]
-    bench_main([*TINY_BENCH, "--peers", *quality])
+    bench_main([*TINY_BENCH, "--peers", *quality, "--seeds", "2"])
     found = json.loads(capsys.readouterr().out)
     assert 0 < found["sae.py"]["nmse"][0] < found["numpy"]["nmse"][0]
+    assert found["numpy"]["lr"] == 6e-3 and len(found["numpy"]["nmse"]) == 2
+    tried = list(found["numpy"]["tried"].values())
+    assert len(tried) == 4 and min(tried) == tried[-1] == found["numpy"]["nmse"][0]
+    assert len(found["sae.py"]["tried"]) == 1
 
 
 if __name__ == "__main__":
