@@ -1794,14 +1794,13 @@ def evaluate(run, wanted, a, page=None):
     if page is not None:
         out = make_report(case, results, a.runs, page)
     print(f"{time.time() - began:.0f} s; written to {out}", file=sys.stderr)
-    return results
+    return results | {"activation": activation_name(case.sae)}
 
 def known(case):
     """What is kept of an autoencoder, as it is now, on these data."""
     results = harvest.read_json(case.out)
     same = results.get("settings") == case.settings
-    said = results if same else {"about": case.about, "settings": case.settings}
-    return said | {"activation": activation_name(case.sae)}
+    return results if same else {"about": case.about, "settings": case.settings}
 
 def differences(a, b, wanted):
     """Lines of the table: b less a, of two results on the same text, and the standard error of the
